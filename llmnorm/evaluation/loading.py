@@ -1,0 +1,201 @@
+"""Find and load what an evaluation is given: a run, a Hugging Face folder, or a hub name.
+
+A run is represented by its `final/` folder. Code that a folder carries is run only when the user
+asks for it; llmnorm's own classes are registered by `import llmnorm` and need no such trust.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmnorm.errors import CheckpointError, ConfigError
+
+LONGEST_DEFAULT_WINDOW = 2048
+
+_DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+DTYPES = tuple(_DTYPES)
+"""Names of precisions a model may be loaded in; `auto` is the one it was saved in."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: `location` is a folder or hub name, `run` the run it belongs to, if any."""
+
+    location: str
+    run: Path | None
+
+    @property
+    def name(self) -> str:
+        return str(self.run or self.location)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on its device, with its tokenizer where the folder has one."""
+
+    source: Source
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    trained_seq_len: int | None
+    """Inputs per training sequence; known for runs alone."""
+
+    def seq_len(self, asked: int | None) -> int:
+        """The window to evaluate with: as asked, as trained, or the positions up to 2,048."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        fallback = min(positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        return asked or self.trained_seq_len or fallback
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, or say that the model came without one."""
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{self.source.location} holds no tokenizer;"
+                " name one with --tokenizer FOLDER_OR_NAME"
+            )
+        return self.tokenizer
+
+
+def find(model: str) -> Source:
+    """Resolve a run folder, a Hugging Face folder or a hub name.
+
+    Raises:
+        CheckpointError: a run that has not finished.
+        ConfigError: a folder that is neither a run nor a model.
+    """
+    folder = Path(model)
+    if (folder / "config.json").is_file():
+        in_run = folder.name == "final" and is_run(folder.parent)
+        return Source(model, folder.parent if in_run else None)
+    if is_run(folder):
+        final = folder / "final"
+        if not (final / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is an unfinished run: it has no final/ folder;"
+                " continue it with the command that started it"
+            )
+        return Source(str(final), folder)
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        state = "is neither a run nor a model" if folder.exists() else "does not exist"
+        raise ConfigError(
+            f"{model} {state}; expected a run folder (config.yaml and final/),"
+            " a Hugging Face folder (config.json) or a hub name"
+        )
+    return Source(model, None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder has the resolved run file that training writes first."""
+    return (folder / "config.yaml").is_file()
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """Return the resolved run file as nested mappings."""
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run / 'config.yaml'} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{run / 'config.yaml'} holds no mapping; expected a run file")
+    return content
+
+
+def load(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a causal language model for evaluation.
+
+    Args:
+        model: a run, a Hugging Face folder, or a hub name.
+        dtype: one of `DTYPES`.
+        device: where the weights go.
+        tokenizer: a folder or hub name, for models that come without one.
+        trust_remote_code: whether code in the folder may run.
+
+    Raises:
+        ConfigError: no such model or tokenizer, or code that is not trusted.
+        CheckpointError: an unfinished run, or weights that cannot be read.
+    """
+    source = find(model)
+    _check_config(source, trust_remote_code)
+    weights = _weights(source, dtype, trust_remote_code)
+    weights.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides nn.Module's types
+    seq_len = read_run_config(source.run)["data"]["seq_len"] if source.run else None
+    return Loaded(
+        source=source,
+        model=weights.eval(),
+        tokenizer=_tokenizer(source, tokenizer, trust_remote_code),
+        trained_seq_len=seq_len,
+    )
+
+
+def _check_config(source: Source, trust_remote_code: bool) -> None:
+    """Fail before any weight is read when the model is unknown or its code not trusted."""
+    try:
+        AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        hint = " (pass --trust-remote-code to run it)" if "trust_remote_code" in str(error) else ""
+        raise ConfigError(
+            f"{source.location} cannot be opened as a model: {_first_line(error)}{hint}"
+        ) from error
+
+
+def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever the weights' readers raise, the folder is to blame
+        raise CheckpointError(
+            f"{source.location}: the weights cannot be loaded: {_first_line(error)}"
+        ) from error
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):  # transformers would leave them at random values
+        raise CheckpointError(
+            f"{source.location}: {len(absent)} of the model's tensors are not in its weights"
+            f" ({', '.join(absent[:3])}); expected a complete causal language model"
+        )
+    return model
+
+
+def _tokenizer(
+    source: Source, other: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(
+            other or source.location, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if other is not None:
+            raise ConfigError(
+                f"{other} cannot be opened as a tokenizer: {_first_line(error)}"
+            ) from error
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
