@@ -1,0 +1,180 @@
+"""From a shape, a norm and a placement to a config, and from a config to a model.
+
+Here the two halves of a scheme meet: the placement's rule is applied once to every site, and what
+it says is stored in the config. `selftest.py` checks that a model keeps those promises.
+"""
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmnorm.errors import ConfigError
+from llmnorm.modeling.configuration_llmnorm import EmbeddingSpec, LlmNormConfig
+from llmnorm.modeling.initialization import InitSpec
+from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
+from llmnorm.modeling.operations import list_norms, operation
+from llmnorm.modeling.residual import NormSpec
+from llmnorm.placements import PLACEMENTS, Placement, Site, parse_placement
+from llmnorm.resources import preset_folder, suggest
+from llmnorm.selftest import self_test
+
+logger = logging.getLogger(__name__)
+
+# Resolved by the placement, so never given by hand.
+_RESOLVED = {"residuals", "final_norm", "wiring", "norm", "placement"}
+_GENERIC = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "rope_theta", "dtype"}
+
+
+def build_config(
+    base: str | Path | Mapping[str, Any],
+    *,
+    norm: str | Mapping[str, Any] = "rmsnorm",
+    placement: str | Mapping[str, Any] = "pre_ln",
+    **overrides: Any,
+) -> LlmNormConfig:
+    """Apply a scheme to a shape.
+
+    Args:
+        base: name of a preset, folder with a `config.json`, or mapping of shape fields.
+        norm: name of a norm, or `{"op": name, **options}`. `alpha` of dyt and derf may be a mapping
+            `{attn, mlp, final}`.
+        placement: name of a placement, or `{"name": name, **options}`.
+        **overrides: any config field (`vocab_size`, `num_hidden_layers`, `qk_norm`, `embedding`,
+            `init`, ...). `embedding` defaults to `scale` for dyt and derf, else to the placement's;
+            `init` to the placement's.
+
+    Returns:
+        A config that carries the resolved wiring of every layer.
+
+    Raises:
+        ConfigError: for an unknown name, option or field, or a shape that cannot be.
+    """
+    shape = _shape(base)
+    _refuse_unknown(overrides)
+    try:
+        rule, spec = parse_placement(placement), _parse_norm(norm)
+        fields_ = {**shape, **overrides, "norm": spec.to_dict(), "placement": rule.to_dict()}
+        fields_["init"] = overrides.get("init", rule.init)
+        default_embedding = "scale" if spec.pointwise else rule.embedding
+        fields_["embedding"] = overrides.get("embedding", default_embedding)
+        config = LlmNormConfig(**fields_)
+        _resolve(config, rule, spec)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    _warn_if_doubtful(config, rule, spec)
+    return config
+
+
+def build_model(config: LlmNormConfig, *, seed: int = 0) -> LlmNormForCausalLM:
+    """A fresh float32 model whose weights are a function of (seed, parameter name).
+
+    Raises:
+        ConfigError: if the config's wiring cannot be.
+        SelfTestError: if the model breaks a promise of its scheme.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlmNormForCausalLM(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    self_test(model, fresh=True)
+    return model
+
+
+def cite(config: LlmNormConfig) -> str:
+    """The papers a scheme stands on, one a line, read from the docstrings of its parts."""
+    parts: list[type] = []
+    if config.placement is not None:
+        parts.append(PLACEMENTS[parse_placement(config.placement).name])
+    specs = [config.final_norm_spec(), config.embedding_spec().norm]
+    for attn, mlp in config.residual_specs():
+        specs += [*attn.slots().values(), *mlp.slots().values()]
+    parts += [operation(spec.op) for spec in specs if spec is not None]
+    sources = [_source(part) for part in parts]
+    return "\n".join(dict.fromkeys(source for source in sources if source))
+
+
+def _parse_norm(norm: str | Mapping[str, Any]) -> NormSpec:
+    op = norm if isinstance(norm, str) else norm.get("op")
+    if op not in list_norms():
+        raise ConfigError(f"unknown norm {op!r}{suggest(str(op), list_norms())}")
+    return NormSpec.parse(norm)
+
+
+def _source(part: type) -> str:
+    text = inspect.getdoc(part) or ""
+    _, found, source = text.partition("Source: ")
+    return " ".join(source.split()) if found else ""
+
+
+def _shape(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(base, Mapping):
+        _refuse_unknown(base)
+        return dict(base)
+    folder = Path(base) if Path(base).is_dir() else preset_folder(str(base))
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: expected a Hugging Face config.json; {error}") from error
+    if not isinstance(content, dict) or content.get("model_type", "llmnorm") != "llmnorm":
+        raise ConfigError(f"{file}: model_type must be 'llmnorm'; this is another kind of model")
+    own = {f.name for f in fields(LlmNormConfig)} - _RESOLVED - {"embedding", "init", "qk_norm"}
+    return {name: value for name, value in content.items() if name in own}
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    own = {f.name for f in fields(LlmNormConfig)} | _GENERIC
+    for name in given:
+        if name in _RESOLVED:
+            raise ConfigError(f"{name} is set by the scheme; choose norm and placement instead")
+        if name not in own:
+            raise ConfigError(f"no config field is called {name!r}{suggest(name, sorted(own))}")
+
+
+def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
+    """Apply the rule to every site and store what it says, then seal it."""
+    at = {kind: norm.at(kind, config.hidden_size) for kind in ("attn", "mlp", "final")}
+    qk = config.qk_norm_spec()
+    residuals = []
+    for layer_idx in range(config.num_hidden_layers):
+        layer = {}
+        for kind in ("attn", "mlp"):
+            site = Site(
+                kind=kind,
+                layer_idx=layer_idx,
+                depth=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+            )
+            layer[kind] = rule.residual(site, at[kind]).to_dict()
+        if qk is not None:
+            layer["attn"] = {"q": qk.to_dict(), "k": qk.to_dict(), **layer["attn"]}
+        residuals.append(layer)
+    final = rule.final_norm(at["final"])
+    config.residuals = residuals
+    config.final_norm = None if final is None else final.to_dict()
+    config.wiring = config.seal()
+    config.residual_specs()
+
+
+def _warn_if_doubtful(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
+    """Log one warning for a scheme that can be built but is not what its papers argue for."""
+    doubts = []
+    slots = {slot for layer in config.residuals or [] for kind in layer.values() for slot in kind}
+    if norm.pointwise and slots & {"entry", "inner", "post", "out"}:
+        doubts.append(
+            f"{norm.op} bounds features but does not normalize them, as {rule.name} assumes"
+        )
+    if norm.pointwise and EmbeddingSpec.parse(config.embedding).treatment == "raw":
+        doubts.append(f"{norm.op} is starved by a raw embedding; use embedding 'scale'")
+    if rule.name == "lns" and InitSpec.parse(config.init).policy != "plain":
+        doubts.append("lns wants plain init; damped output projections undo it")
+    if doubts:
+        logger.warning("doubtful scheme %s + %s: %s", rule.name, norm.op, "; ".join(doubts))

@@ -1,0 +1,275 @@
+"""The configuration: the shape of a Llama, and the wiring of its norms.
+
+`norm`, `placement` and `qk_norm` say what was asked for; `residuals` and `final_norm` say what that
+resolved to, layer by layer, and are what the model is built from. `wiring` seals the two together:
+editing one without the other raises at construction instead of being ignored. With `placement=None`
+the residuals stand alone (a hand-made wiring). Without residuals the wiring is Pre-LN with `norm`,
+the one placement that needs no rule; presets hold shapes only and rely on it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .initialization import InitSpec
+from .residual import NormSpec, ResidualSpec
+from .rotary import POSITIONS
+
+EMBEDDINGS = ("raw", "scale", "norm")
+SCALE_INITS = ("unit_rms", "sqrt_dim")
+QK_NORMS = ("none", "per_head", "full_width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """The config field `embedding`: what happens between the embedding and the first block.
+
+    `raw` nothing; `scale` one learned scalar, initially 1/std of the embedding (`unit_rms`, the
+    stream starts at RMS 1) or sqrt(hidden_size) (`sqrt_dim`, the DyT paper's); `norm` a norm.
+    """
+
+    treatment: str = "raw"
+    init: str = "unit_rms"
+    norm: NormSpec | None = None
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any]) -> "EmbeddingSpec":
+        """Read a treatment's name or a mapping; anything unknown raises ValueError."""
+        given: dict[str, Any] = {"treatment": value} if isinstance(value, str) else dict(value)
+        unknown = sorted(set(given) - {"treatment", "init", "norm"})
+        if unknown:
+            raise ValueError(
+                f"embedding has no key {unknown[0]!r}; its keys: treatment, init, norm"
+            )
+        if given.get("norm") is not None:
+            given["norm"] = NormSpec.parse(given["norm"])
+        spec = cls(**given)
+        if spec.treatment not in EMBEDDINGS:
+            known = ", ".join(EMBEDDINGS)
+            raise ValueError(f"embedding is {spec.treatment!r}; expected one of {known}")
+        if spec.init not in SCALE_INITS:
+            known = ", ".join(SCALE_INITS)
+            raise ValueError(f"embedding.init is {spec.init!r}; expected one of {known}")
+        return spec
+
+
+class LlmNormConfig(PreTrainedConfig):
+    """Configuration of an llmnorm model: the fields of Llama, and those below.
+
+    Args:
+        norm: the scheme's norm, `{"op": name, **options}`.
+        placement: the scheme's placement, `{"name": name, **options}`; None for hand-made
+        residuals.
+        residuals: resolved specs, one `{"attn": slots, "mlp": slots}` a layer (`ResidualSpec`).
+        final_norm: resolved spec of the norm before the head; None for none.
+        wiring: seal over the fields above and the shape they were resolved for.
+        qk_norm: `none`, `per_head` or `full_width`, or `{"layout": ..., "op": ..., **options}`.
+        mlp: `gated` or `plain`; with `hidden_act` silu and gated this is SwiGLU, gelu GeGLU.
+        position: `rope` or `none`.
+        embedding: `raw`, `scale` or `norm`, or a mapping (`EmbeddingSpec`).
+        init: name of an init policy, or a mapping (`InitSpec`).
+
+    Raises:
+        ValueError: for a shape or a name that cannot be.
+    """
+
+    model_type = "llmnorm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int = None  # type: ignore[assignment]  # num_attention_heads
+    head_dim: int = None  # type: ignore[assignment]  # hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    mlp: str = "gated"
+    position: str = "rope"
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # theta 10000
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    norm: Any = "rmsnorm"
+    placement: Any = "pre_ln"
+    qk_norm: Any = "none"
+    embedding: Any = "raw"
+    init: Any = "plain"
+    residuals: list[dict[str, Any]] | None = None
+    final_norm: dict[str, Any] | None = None
+    wiring: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if "rms_norm_eps" in kwargs:
+            raise ValueError(
+                "rms_norm_eps is not read; set it in the norm: {op: rmsnorm, eps: ...}"
+            )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlmNormConfig":
+        """As in transformers, but overrides pass through construction and its checks."""
+        own = {f.name for f in fields(cls)} & set(kwargs)
+        return super().from_dict({**config_dict, **{k: kwargs.pop(k) for k in own}}, **kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError naming the first field that cannot be; also called by the model."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not (isinstance(self.initializer_range, int | float) and self.initializer_range > 0):
+            raise ValueError(f"initializer_range is {self.initializer_range!r}; expected above 0")
+        _one_of("mlp", self.mlp, ("gated", "plain"))
+        _one_of("position", self.position, tuple(POSITIONS))
+        _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE needs an even one")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"rope_type is {rope_type!r}; only 'default' is implemented")
+        InitSpec.parse(self.init)
+        EmbeddingSpec.parse(self.embedding)
+
+    def residual_specs(self) -> list[tuple[ResidualSpec, ResidualSpec]]:
+        """The specs of (attention, mlp) of every layer, resolved on use.
+
+        Raises:
+            ValueError: if the residuals do not fit the depth or were parted from norm and
+            placement.
+        """
+        if self.residuals is None:
+            return [self._default_residuals()] * self.num_hidden_layers
+        if len(self.residuals) != self.num_hidden_layers:
+            raise ValueError(
+                f"residuals describes {len(self.residuals)} layers but num_hidden_layers="
+                f"{self.num_hidden_layers}; apply the placement again (llmnorm.build_config)"
+            )
+        self._check_seal()
+        return [
+            (ResidualSpec.parse(layer["attn"]), ResidualSpec.parse(layer["mlp"]))
+            for layer in self.residuals
+        ]
+
+    def final_norm_spec(self) -> NormSpec | None:
+        """The norm before the head, or None."""
+        if self.residuals is None:
+            return NormSpec.parse(self.norm).at("final", self.hidden_size)
+        return None if self.final_norm is None else NormSpec.parse(self.final_norm)
+
+    def embedding_spec(self) -> EmbeddingSpec:
+        """The treatment of the embedding; its norm defaults to the scheme's."""
+        spec = EmbeddingSpec.parse(self.embedding)
+        if spec.treatment != "norm" or spec.norm is not None:
+            return spec
+        if self.norm is None:
+            raise ValueError(
+                "embedding is 'norm' without a norm; give {treatment: norm, norm: ...}"
+            )
+        norm = NormSpec.parse(self.norm).at("final", self.hidden_size)
+        return EmbeddingSpec(treatment="norm", init=spec.init, norm=norm)
+
+    def qk_norm_spec(self) -> NormSpec | None:
+        """The norm on queries and keys that `qk_norm` asks for, or None."""
+        given = {"layout": self.qk_norm} if isinstance(self.qk_norm, str) else dict(self.qk_norm)
+        layout = given.pop("layout", "none")
+        _one_of("qk_norm", layout, QK_NORMS)
+        if layout == "none":
+            if given:
+                raise ValueError(f"qk_norm has options {sorted(given)} but its layout is 'none'")
+            return None
+        norm = NormSpec.parse({"op": "rmsnorm", **given, "per_head": layout == "per_head"})
+        return norm.at("attn", self.hidden_size)
+
+    def seal(self) -> str:
+        """Digest of what was asked for, what it resolved to, and the shape it was resolved for."""
+        names = ("norm", "placement", "qk_norm", "residuals", "final_norm")
+        shape = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        content = json.dumps([getattr(self, name) for name in names + shape], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _check_seal(self) -> None:
+        if self.placement is None:
+            if self.norm is not None or self.qk_norm not in (None, "none"):
+                raise ValueError(
+                    "placement is null, so residuals alone describe the wiring; "
+                    "norm must be null and qk_norm 'none' then"
+                )
+        elif self.wiring != self.seal():
+            raise ValueError(
+                "norm, placement, qk_norm or the width no longer fit the resolved residuals; apply "
+                "the placement again (llmnorm.build_config), or set placement, norm and qk_norm to "
+                "null to keep hand-made residuals"
+            )
+
+    def _default_residuals(self) -> tuple[ResidualSpec, ResidualSpec]:
+        name = self.placement if isinstance(self.placement, str) else self.placement.get("name")
+        if name != "pre_ln" or self.final_norm is not None:
+            raise ValueError(
+                f"placement {name!r} has no residuals; make the config with llmnorm.build_config"
+            )
+        norm, qk = NormSpec.parse(self.norm), self.qk_norm_spec()
+        return (
+            ResidualSpec(pre=norm.at("attn", self.hidden_size), q=qk, k=qk),
+            ResidualSpec(pre=norm.at("mlp", self.hidden_size)),
+        )
+
+    @property
+    def base_model_tp_plan(  # type: ignore[override]
+        self,
+    ) -> dict[str, str]:
+        """Tensor-parallel plan; projections around a norm over a sharded axis are gathered."""
+        specs = self.residual_specs()
+        attn = any(
+            attn.inner or any(s and not s.per_head for s in (attn.q, attn.k, attn.v))
+            for attn, _ in specs
+        )
+        mlp = any(mlp.inner for _, mlp in specs)
+        attn_in, attn_out = _SHARDED if not attn else _GATHERED
+        mlp_in, mlp_out = _SHARDED if not mlp else _GATHERED
+        plan = {f"layers.*.self_attn.{p}_proj": attn_in for p in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = attn_out
+        plan |= {f"layers.*.mlp.{p}_proj": mlp_in for p in ("gate", "up")}
+        plan["layers.*.mlp.down_proj"] = mlp_out
+        if self.mlp == "plain":
+            del plan["layers.*.mlp.gate_proj"]
+        return plan
+
+
+_SHARDED = ("colwise", "rowwise")
+_GATHERED = ("colwise_gather_output", "rowwise_split_input")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")

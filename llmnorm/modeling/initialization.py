@@ -1,0 +1,138 @@
+"""Initial weights: the standard deviation of every matrix as each scheme asks, drawn by name.
+
+A tensor's draw is a function of (seed, parameter name): the same on any device, engine and world,
+and an extra norm in one scheme shifts no other weight, so schemes start from common random numbers.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+# Branch matrices whose std a residual-aware policy changes.
+_OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
+_VALUE_PATH = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A projection of one block; `number` is the paper's 1-based layer."""
+
+    name: str
+    number: int
+    depth: int
+    fan_in: int
+    fan_out: int
+    initializer_range: float
+
+    @property
+    def xavier(self) -> float:
+        """Std of Xavier's normal init, gain 1 (Glorot and Bengio 2010, equation 16)."""
+        return math.sqrt(2.0 / (self.fan_in + self.fan_out))
+
+
+def plain(m: Matrix) -> float:
+    """N(0, initializer_range) for every matrix."""
+    return m.initializer_range
+
+
+def scaled(m: Matrix) -> float:
+    """Output projections divided by sqrt(2 L) (GPT-2, Megatron)."""
+    return m.initializer_range * ((2 * m.depth) ** -0.5 if m.name in _OUTPUT_PROJECTIONS else 1.0)
+
+
+def depth_scaled(m: Matrix) -> float:
+    """Output projections divided by sqrt(2 l), l the 1-based layer (Zhang et al. 2019)."""
+    return m.initializer_range * ((2 * m.number) ** -0.5 if m.name in _OUTPUT_PROJECTIONS else 1.0)
+
+
+def deepnorm(m: Matrix) -> float:
+    """Xavier; v, o, gate, up and down times beta = (8 L)^(-1/4) (DeepNet, arXiv:2203.00555)."""
+    return m.xavier * ((8 * m.depth) ** -0.25 if m.name in _VALUE_PATH else 1.0)
+
+
+def sub_ln(m: Matrix) -> float:
+    """Xavier; v, o, gate, up and down times sqrt(log(2 L)) (Magneto, arXiv:2210.06423)."""
+    return m.xavier * (math.sqrt(math.log(2 * m.depth)) if m.name in _VALUE_PATH else 1.0)
+
+
+INIT_POLICIES: dict[str, Callable[[Matrix], float]] = {
+    "plain": plain,
+    "scaled": scaled,
+    "depth_scaled": depth_scaled,
+    "deepnorm": deepnorm,
+    "sub_ln": sub_ln,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitSpec:
+    """The config field `init`: a policy's name, or a mapping of `policy` and `embedding_std`.
+
+    `embedding_std` defaults to `initializer_range`; the Mix-LN and GPAS repositories use sqrt(2/5).
+    """
+
+    policy: str = "plain"
+    embedding_std: float | None = None
+
+    @classmethod
+    def parse(cls, value: "str | Mapping[str, Any]") -> "InitSpec":
+        """Read the field; an unknown policy or key raises ValueError."""
+        given = {"policy": value} if isinstance(value, str) else dict(value)
+        unknown = sorted(set(given) - {"policy", "embedding_std"})
+        if unknown:
+            raise ValueError(f"init has no key {unknown[0]!r}; its keys: policy, embedding_std")
+        spec = cls(**given)
+        if spec.policy not in INIT_POLICIES:
+            raise ValueError(f"unknown init {spec.policy!r}; known: {', '.join(INIT_POLICIES)}")
+        if spec.embedding_std is not None and not spec.embedding_std > 0:
+            raise ValueError(f"init.embedding_std is {spec.embedding_std!r}; expected above 0")
+        return spec
+
+
+def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> float:
+    """Std that the config's policy asks of a matrix, by its name in the causal model.
+
+    Args:
+        name: module name such as `model.layers.3.mlp.down_proj`, `model.embed_tokens`, `lm_head`.
+        module: the Linear or Embedding.
+        config: an `LlmNormConfig`.
+    """
+    spec = InitSpec.parse(config.init)
+    if isinstance(module, nn.Embedding):
+        return spec.embedding_std or config.initializer_range
+    parts = name.split(".")
+    if "layers" not in parts:
+        return config.initializer_range
+    matrix = Matrix(
+        name=parts[-1],
+        number=int(parts[parts.index("layers") + 1]) + 1,
+        depth=config.num_hidden_layers,
+        fan_in=module.in_features,
+        fan_out=module.out_features,
+        initializer_range=config.initializer_range,
+    )
+    return INIT_POLICIES[spec.policy](matrix)
+
+
+def mark(module: nn.Module, config: Any, prefix: str = "") -> None:
+    """Note on every Linear and Embedding below `module` its name and the std of its draw."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear | nn.Embedding):
+            child.init_name = f"{name}.weight"  # type: ignore[assignment]
+            child.init_std = expected_std(name, child, config)  # type: ignore[assignment]
+
+
+def draw(tensor: torch.Tensor, *, std: float, name: str) -> None:
+    """Fill a tensor with N(0, std) by (torch's initial seed, name), unless it was loaded."""
+    if tensor.is_meta or getattr(tensor, "_is_hf_initialized", False):
+        return
+    digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    sample = torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    init.copy_(tensor, sample)

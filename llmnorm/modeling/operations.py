@@ -1,0 +1,108 @@
+"""The table of operations that a slot may hold, and the check of their options.
+
+Every operation is one small module built as `Op(dim, **options)`: a norm (`norms.py`) or a gain
+(`gains.py`). `NormSpec.build` in `residual.py` reads the table.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+OPERATIONS: dict[str, type[nn.Module]] = {}
+_NORMS: list[str] = []
+
+
+def register_norm(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Enter a norm under `name`: a module built as `Norm(dim, *, scale=1.0, **options)`.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+
+    def enter(cls: type[nn.Module]) -> type[nn.Module]:
+        _enter(name, cls)
+        _NORMS.append(name)
+        return cls
+
+    return enter
+
+
+def register_gain(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Enter a constant or a learned gain under `name`: a module built as `Gain(dim, **options)`."""
+
+    def enter(cls: type[nn.Module]) -> type[nn.Module]:
+        _enter(name, cls)
+        return cls
+
+    return enter
+
+
+def list_norms() -> list[str]:
+    """Names of the registered norms, sorted."""
+    return sorted(_NORMS)
+
+
+def operation(name: str) -> type[nn.Module]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones.
+    """
+    if name not in OPERATIONS:
+        near = get_close_matches(str(name), OPERATIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown norm {name!r}{hint} Known: {', '.join(sorted(OPERATIONS))}")
+    return OPERATIONS[name]
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the operation `name` has no such option or no such kind of value."""
+    parameters = inspect.signature(operation(name).__init__).parameters
+    known = {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for key, value in options.items():
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"{name} has no option {key!r}; its options: {allowed}")
+        default = known[key].default
+        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
+            raise ValueError(f"{name}.{key} is {value!r}; expected a value like {default!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}.{key} is {value!r}; expected a finite number")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise ValueError(f"{name} needs the option {key!r}")
+
+
+def options_at(
+    name: str, options: Mapping[str, Any], kind: str, hidden_size: int
+) -> dict[str, Any]:
+    """Options of a norm at one kind of site (`attn`, `mlp` or `final`) of a model of this width.
+
+    Defaults are written out, so that a stored spec stays right if they change. Only norms that
+    define `options_at` (DyT, Derf: alpha depends on site and width) resolve more than that.
+    """
+    resolve = getattr(operation(name), "options_at", None)
+    resolved = dict(options) if resolve is None else resolve(dict(options), kind, hidden_size)
+    check_options(name, resolved)
+    return {**_defaults(name), **resolved}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    parameters = inspect.signature(operation(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _enter(name: str, cls: type[nn.Module]) -> None:
+    if name in OPERATIONS and OPERATIONS[name].__qualname__ != cls.__qualname__:
+        raise ValueError(f"{name!r} is already registered by {OPERATIONS[name].__qualname__}")
+    OPERATIONS[name] = cls
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """float32, or the input's precision if that is higher."""
+    return torch.promote_types(x.dtype, torch.float32)
