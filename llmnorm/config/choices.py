@@ -1,0 +1,110 @@
+"""Ask the model code whether the names, options and fields of a run file's model section exist."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llmnorm.build
+from llmnorm.modeling.operations import list_norms
+from llmnorm.placements import list_placements
+from llmnorm.resources import list_presets, preset_folder, suggest
+
+if TYPE_CHECKING:
+    from llmnorm.config.models import NormChoice, PlacementChoice
+
+# DeepNet's 1,000 layers and a vocabulary of 262,144 are the most published; ten times that or more
+# is a slip of the hand, found here before anything is resolved or allocated.
+_LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "hidden_size": 2**18}
+
+
+def preset_path(preset: str) -> Path:
+    """Return the folder of a preset given by path or by name; a folder wins over a name.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    folder = Path(preset).expanduser()
+    return folder if folder.is_dir() else preset_folder(preset)
+
+
+def check_preset(value: str) -> str:
+    """Return `value` when it names a preset or a folder with config.json, else raise ValueError."""
+    folder = Path(value).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError("this folder has no config.json")
+    if not folder.is_dir() and value not in list_presets():
+        raise ValueError(f"neither a preset nor a folder{suggest(value, list_presets())}")
+    return value
+
+
+def check_norm(value: str) -> str:
+    """Return `value` when a norm of this name is registered, else raise ValueError."""
+    return _check_name(value, list_norms(), "norm")
+
+
+def check_placement(value: str) -> str:
+    """Return `value` when a placement of this name is registered, else raise ValueError."""
+    return _check_name(value, list_placements(), "placement")
+
+
+def check_build(key: str, value: Any, earlier: Mapping[str, Any]) -> None:
+    """Build the model's config with one more of norm, placement and overrides than before.
+
+    `earlier` holds the keys that proved right, so what fails now is due to `key`.
+
+    Raises:
+        ValueError: with the message of the build.
+    """
+    if "preset" not in earlier:
+        return
+    if key == "overrides":
+        _check_overrides(value)
+    parts = {"norm": None, "placement": None, "overrides": {}} | dict(earlier) | {key: value}
+    with _without_warnings():
+        try:
+            llmnorm.build.build_config(**build_arguments(**parts))
+        except (ValueError, TypeError) as error:
+            raise ValueError(re.sub(r"\s+", " ", str(error))) from None
+
+
+def build_arguments(
+    preset: str,
+    norm: "NormChoice | None",
+    placement: "PlacementChoice | None",
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the keyword arguments of `llmnorm.build_config`; None leaves its default."""
+    arguments: dict[str, Any] = {"base": preset_path(preset), **overrides}
+    for name, choice in (("norm", norm), ("placement", placement)):
+        if choice is not None:
+            arguments[name] = choice.model_dump()
+    return arguments
+
+
+def _check_name(value: str, known: list[str], kind: str) -> str:
+    if value not in known:
+        raise ValueError(f"no {kind} has this name{suggest(value, known)}")
+    return value
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    if "base" in overrides:
+        raise ValueError("base has its own key: model.preset")
+    for name, limit in _LIMITS.items():
+        value = overrides.get(name)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{name} is {value}; expected at most {limit}")
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave the build's warnings to the build that the run itself does."""
+    log = logging.getLogger(llmnorm.build.__name__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

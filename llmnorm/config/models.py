@@ -1,0 +1,293 @@
+"""The run file as strict pydantic models: every key, its type, its range, its default.
+
+Descriptions are what `--help` prints. Checks that need two keys of a section stand beside the
+later key, so that they are reported together with all other errors of the file. What needs the
+scheme registry (names and options of norms and placements) is asked of `choices.py`.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from llmnorm.config import choices
+from llmnorm.config.document import MAX_INTEGER
+from llmnorm.config.dump import dump_document
+from llmnorm.resources import suggest
+
+
+def _path(value: object) -> Path:
+    """A path as text (`~` is the home folder); relative ones mean the current directory."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a path")
+    return Path(value).expanduser()
+
+
+def _count_or_fraction(value: object) -> int | float:
+    """A count of steps (a whole number from 0) or a fraction of the run (below 1)."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError("expected a count of steps (a whole number) or a fraction of the run below 1")
+
+
+LocalPath = Annotated[Path, BeforeValidator(_path)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Positive = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+CountOrFraction = Annotated[int | float, BeforeValidator(_count_or_fraction)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, no NaN or infinity, immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class NormChoice(Section):
+    """A norm by name, with the options its class takes (`llmnorm list norms` shows them)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    op: str = Field("rmsnorm", description="norm (see `llmnorm list norms`); options beside it")
+
+    @field_validator("op")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return choices.check_norm(value)
+
+
+class PlacementChoice(Section):
+    """A placement by name, with the options its class takes (`llmnorm list placements`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("pre_ln", description="placement (see `llmnorm list placements`)")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return choices.check_placement(value)
+
+
+class ModelSection(Section):
+    """What is built: a shape, a norm, a placement."""
+
+    preset: str = Field(description="shape: a preset's name or a folder with config.json")
+    norm: NormChoice = Field(NormChoice.model_construct(), description="norm and its options")
+    placement: PlacementChoice = Field(
+        PlacementChoice.model_construct(), description="placement and its options"
+    )
+    overrides: dict[str, Any] = Field(
+        {}, description="model config fields that replace the preset's, e.g. embedding: scale"
+    )
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, value: str) -> str:
+        return choices.check_preset(value)
+
+    @field_validator("norm", "placement", "overrides")
+    @classmethod
+    def _builds(cls, value: Any, info: ValidationInfo) -> Any:
+        choices.check_build(info.field_name or "", value, info.data)
+        return value
+
+    def build_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `llmnorm.build_config` that this section stands for."""
+        return choices.build_arguments(self.preset, self.norm, self.placement, self.overrides)
+
+
+class DataSection(Section):
+    """What is read: a folder that `llmnorm data prepare` made."""
+
+    path: LocalPath = Field(description="prepared data folder (from `llmnorm data prepare`)")
+    seq_len: Positive = Field(description="sequence length in tokens")
+    document_mask: bool = Field(False, description="attend within documents only")
+    num_workers: Count = Field(0, description="worker processes that read ahead; 0 reads inline")
+
+
+class OptimizerSection(Section):
+    """How weights are updated."""
+
+    name: str = Field("adamw", description="adamw, muon, or a class as package.module:Class")
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of linear layers' matrices")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.95], min_length=2, max_length=2, description="Adam's decay rates of the moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    options: dict[str, Any] = Field(
+        {}, description="further keyword arguments of the optimizer, e.g. momentum for muon"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value in ("adamw", "muon"):
+            return value
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+            hint = suggest(value, ["adamw", "muon"])
+            raise ValueError(f"expected adamw, muon or package.module:Class{hint}")
+        package = value.partition(".")[0].partition(":")[0]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the package {package!r} is not installed; pip install it")
+        return value
+
+
+class ScheduleSection(Section):
+    """How the learning rate moves over the run's horizon."""
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="shape after warm-up (wsd: constant, then linear decay)"
+    )
+    warmup_steps: CountOrFraction = Field(
+        0.05, description="linear warm-up: a count of steps, or a fraction of the run below 1"
+    )
+    final_lr_fraction: float = Field(
+        0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
+    )
+    decay_steps: CountOrFraction | None = Field(
+        None, description="wsd only: a count, or a fraction of the run (unset means 0.2)"
+    )
+
+    @field_validator("decay_steps")
+    @classmethod
+    def _wsd_decays(cls, value: int | float | None, info: ValidationInfo) -> int | float | None:
+        name = info.data.get("name")
+        if value is not None and name not in (None, "wsd"):
+            raise ValueError(f"only the wsd schedule has a decay phase, this one is {name}")
+        return 0.2 if value is None and name == "wsd" else value
+
+
+class TrainingSection(Section):
+    """How long, how much at once, and in what arithmetic."""
+
+    max_steps: Positive | None = Field(
+        None, description="optimizer steps; this or max_tokens is required, the earlier ends"
+    )
+    max_tokens: Positive | None = Field(None, description="tokens to train on, over all ranks")
+    global_batch_size: Positive = Field(description="sequences in one optimizer step, all ranks")
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences at once on one rank (unset: a rank's whole share)"
+    )
+    seed: Count = Field(0, description="seed of initial weights and data order")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="arithmetic of matrix products; weights stay fp32"
+    )
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="torch.compile each block (auto: where it is likely to pay)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, more time"
+    )
+    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's global norm; 0 is off")
+    init_from: LocalPath | None = Field(
+        None, description="start a new run from the weights of this Hugging Face folder"
+    )
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _ends(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("max_steps", 1) is None:
+            raise ValueError("nothing ends the run; give training.max_steps or training.max_tokens")
+        return value
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _fits_global(cls, value: int | None, info: ValidationInfo) -> int | None:
+        whole = info.data.get("global_batch_size")
+        if value is not None and whole is not None and value > whole:
+            raise ValueError(f"{value} is more than training.global_batch_size, which is {whole}")
+        return value
+
+    @field_validator("init_from")
+    @classmethod
+    def _weights_exist(cls, value: Path | None) -> Path | None:
+        if value is not None and not (value / "config.json").is_file():
+            raise ValueError("expected a Hugging Face folder; there is no config.json in it")
+        return value
+
+
+class EvalSection(Section):
+    """Validation while training; it changes no weight."""
+
+    interval_steps: Count = Field(0, description="steps between validations; 0 is at the end only")
+    max_documents: Positive | None = Field(None, description="documents scored (unset: all)")
+    batch_size: Positive = Field(8, description="windows scored at once on one rank")
+
+
+class CheckpointSection(Section):
+    """What is kept, and where a run begins."""
+
+    interval_steps: Count = Field(0, description="steps between checkpoints; 0 is at the end only")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+    resume: str = Field(
+        "auto", description="auto continues the run in output.dir, never refuses, or a PATH"
+    )
+
+    @field_validator("resume")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        if value in ("auto", "never"):
+            return value
+        if not Path(value).expanduser().is_dir():
+            raise ValueError("expected auto, never or the folder of a checkpoint that exists")
+        return str(Path(value).expanduser())
+
+
+class LogSection(Section):
+    """Where numbers are shown beside metrics.jsonl, which is always written."""
+
+    interval_steps: Positive = Field(10, description="steps between printed lines")
+    trackers: list[Literal["wandb", "trackio", "tensorboard"]] = Field(
+        [], description="also log to these (each needs its package)"
+    )
+
+
+class OutputSection(Section):
+    """Where the run lives."""
+
+    dir: LocalPath = Field(description="the run directory itself")
+
+
+class RunConfig(Section):
+    """A whole run. `to_yaml` writes it so that `load_run_config` reads it back equal."""
+
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    training: TrainingSection
+    eval: EvalSection
+    checkpoint: CheckpointSection
+    log: LogSection
+    output: OutputSection
+
+    def to_yaml(self) -> str:
+        """Return the resolved run file: every key, with the value that the run uses."""
+        return dump_document(self.model_dump(mode="json"))
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of everything here that changes a run's numbers.
+
+        Not output, log, checkpoint, eval, data.num_workers; data.path and model.preset stand for
+        content: the data's own fingerprint is recorded apart, the preset's shape is hashed here.
+        """
+        values = self.model_dump(mode="json", exclude={"output", "log", "checkpoint", "eval"})
+        values["data"] = {k: v for k, v in values["data"].items() if k not in _PLACES}
+        shape = choices.preset_path(self.model.preset) / "config.json"
+        values["model"]["preset"] = json.loads(shape.read_text())
+        text = json.dumps(values, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_PLACES = ("path", "num_workers")
