@@ -1,0 +1,187 @@
+"""The hidden folder in which a preparation grows until it is published in one rename.
+
+`.NAME.partial/` stands beside the folder to be: `folder/` becomes it, `state.json` says what was
+asked for and how far it has come. The state is replaced by rename after the data it speaks of is
+on the disk, so a process killed at any instant leaves a state that can be continued.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import DataError
+from .manifest import SplitName
+from .shards import SplitState
+
+SPLITS: tuple[SplitName, ...] = ("train", "val")
+
+
+class Progress(BaseModel):
+    """How far a preparation has come; `consumed` counts documents taken from the source."""
+
+    consumed: int = 0
+    skipped: int = 0  # documents without text or without tokens
+    filled: int = 0  # documents with text
+    tokens: int = 0
+    full: bool = False  # the token budget is spent
+    splits: dict[str, SplitState] = {split: SplitState() for split in SPLITS}
+
+
+class _State(BaseModel):
+    request: dict[str, Any]
+    progress: Progress | None = None
+
+
+class Workspace:
+    """Hold the hidden folder for one process, as a context manager.
+
+    Args:
+        out: the folder to be; it must not exist, or be empty.
+        request: what is asked for. A workspace begun for another request is refused.
+        restart: throw away what an earlier, unfinished preparation left.
+
+    Raises:
+        DataError: another process is preparing the same folder, the unfinished work is for
+            another request or damaged, or the place cannot be written.
+    """
+
+    def __init__(self, out: Path, request: dict[str, Any], restart: bool) -> None:
+        self.out = out
+        self.root = out.parent / f".{out.name}.partial"
+        self.folder = self.root / "folder"
+        self.request = request
+        self.restart = restart
+        self._lock = -1
+
+    def __enter__(self) -> "Workspace":
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.root, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{self.out} cannot be made: {error}") from None
+        self._take_lock()
+        if self.restart:
+            for path in (self.root / "state.json", self.folder):
+                remove(path)
+        state = self._read_state()
+        if state is None:
+            remove(self.folder)
+            self.folder.mkdir()
+            self._write_state(_State(request=self.request))
+        else:
+            refuse_other_request(
+                self.root, state.request, self.request, "pass --restart to drop it"
+            )
+        self.progress = state.progress if state else None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+    def commit(self, progress: Progress) -> None:
+        """Remember how far the preparation has come; the data must be on the disk already."""
+        self._write_state(_State(request=self.request, progress=progress))
+
+    def publish(self) -> None:
+        """Put the folder on the disk and give it its name."""
+        for path in sorted(self.folder.rglob("*")):
+            sync(path)
+        sync(self.folder)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError as error:
+            raise DataError(f"{self.out} cannot take the finished folder: {error}") from None
+        sync(self.out.parent)
+        remove(self.root)
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return  # a file system without locks
+            raise DataError(
+                f"{self.root} is in use by another process that prepares {self.out}; wait for it"
+            ) from None
+
+    def _read_state(self) -> _State | None:
+        path = self.root / "state.json"
+        if not path.exists():
+            return None
+        try:
+            return _State.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise DataError(
+                f"{path} is damaged; pass --restart to prepare from the start"
+            ) from None
+
+    def _write_state(self, state: _State) -> None:
+        write_atomically(self.root / "state.json", state.model_dump_json())
+
+
+def refuse_other_request(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], advice: str
+) -> None:
+    """Raise a `DataError` naming the first difference between two requests."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    for key in [*flat_new, *flat_old]:
+        seen, asked = flat_old.get(key), flat_new.get(key)
+        if seen != asked:
+            raise DataError(
+                f"{folder} was made with {key} = {_short(seen)}, now {_short(asked)} is asked for; "
+                f"choose another --out, or {advice}"
+            )
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:20]}...'"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content: all of it is on the disk, or none."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
