@@ -122,6 +122,7 @@ def load(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     tokenizer: str | None = None,
+    eos_token: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a causal language model for evaluation.
@@ -131,6 +132,7 @@ def load(
         dtype: one of `DTYPES`.
         device: where the weights go.
         tokenizer: a folder or hub name, for models that come without one.
+        eos_token: which of the tokenizer's tokens is end-of-text, when it does not say.
         trust_remote_code: whether code in the folder may run.
 
     Raises:
@@ -145,7 +147,7 @@ def load(
     return Loaded(
         source=source,
         model=weights.eval(),
-        tokenizer=_tokenizer(source, tokenizer, trust_remote_code),
+        tokenizer=_tokenizer(source, tokenizer, eos_token, trust_remote_code),
         trained_seq_len=seq_len,
     )
 
@@ -183,18 +185,22 @@ def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedM
 
 
 def _tokenizer(
-    source: Source, other: str | None, trust_remote_code: bool
+    source: Source, other: str | None, eos_token: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
+    location = other or source.location
     try:
-        return AutoTokenizer.from_pretrained(
-            other or source.location, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if other is not None:
+        if other is not None or eos_token is not None:
             raise ConfigError(
-                f"{other} cannot be opened as a tokenizer: {_first_line(error)}"
+                f"{location} cannot be opened as a tokenizer: {_first_line(error)}"
             ) from error
         return None
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"--eos-token {eos_token} is not a token of {location}'s tokenizer")
+        tokenizer.eos_token = eos_token
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

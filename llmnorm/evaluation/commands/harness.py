@@ -1,0 +1,59 @@
+"""Score a causal language model on lm-eval tasks, each beside its chance level."""
+
+import argparse
+from pathlib import Path
+
+from llmnorm.errors import ConfigError
+from llmnorm.evaluation.commands.shared import (
+    add_scoring_arguments,
+    load_model,
+    positive,
+    processes,
+    provenance,
+    publish,
+)
+from llmnorm.evaluation.harness import score_tasks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `llmnorm eval harness`."""
+    add_scoring_arguments(parser)
+    parser.add_argument(
+        "--tasks", required=True, metavar="A,B", help="tasks, groups or tags, comma-separated"
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder of task files of your own"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N documents of each task"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, and print one JSON."""
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks names no task; expected for example --tasks blimp,arc_easy")
+    with processes() as process:
+        loaded = load_model(args, process.device)
+        scores = score_tasks(
+            loaded.model,
+            loaded.require_tokenizer(),
+            names,
+            include_path=args.include_path,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            seq_len=args.seq_len or loaded.trained_seq_len,
+            rank=process.rank,
+            world=process.world,
+        )
+        if scores is not None:
+            record = {
+                "tasks": scores.tasks,
+                "groups": scores.groups,
+                **scores.context,
+                **provenance(loaded, "lm_eval", "accelerate", "tokenizers"),
+            }
+            name = "harness-" + ",".join(names)
+            publish(record, process, name=name, run=loaded.source.run, out=args.out)
+    return 0

@@ -1,0 +1,73 @@
+"""Score a causal language model on documents: exact loss, perplexity, bits per byte."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from llmnorm.evaluation.commands.shared import (
+    add_scoring_arguments,
+    load_model,
+    positive,
+    processes,
+    provenance,
+    publish,
+)
+from llmnorm.evaluation.documents import open_documents
+from llmnorm.evaluation.perplexity import score_documents
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `llmnorm eval perplexity`."""
+    add_scoring_arguments(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="prepared folder, or text or jsonl (.gz, .xz, .zst); text is tokenized for the model",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="tokens between the starts of two windows (default: seq-len, no overlap)",
+    )
+    parser.add_argument(
+        "--split", metavar="NAME", help="of a prepared folder: val (default), train"
+    )
+    parser.add_argument("--text-column", default="text", help="jsonl field (default: text)")
+    parser.add_argument("--max-documents", type=positive, metavar="N", help="only the first N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, and print one JSON."""
+    with processes() as process:
+        loaded = load_model(args, process.device)
+        data = open_documents(
+            args.data,
+            loaded,
+            split=args.split,
+            max_documents=args.max_documents,
+            text_column=args.text_column,
+        )
+        score = score_documents(
+            loaded.model,
+            data.documents,
+            eos_token_id=data.eos_token_id,
+            seq_len=loaded.seq_len(args.seq_len),
+            stride=args.stride,
+            batch_size=args.batch_size,
+            rank=process.rank,
+            world=process.world,
+        )
+        record = {
+            **asdict(score),
+            **data.record,
+            "max_documents": args.max_documents,
+            "batch_size": args.batch_size,
+            **provenance(loaded, "accelerate", "tokenizers"),
+        }
+        name = f"perplexity-{args.data.resolve().name}"
+        name += f"-{data.record['split']}" if data.record["split"] else ""
+        publish(record, process, name=name, run=loaded.source.run, out=args.out)
+    return 0

@@ -1,0 +1,113 @@
+"""What every evaluation command line has: how to name a model, and the processes that score it."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from llmnorm.evaluation import records
+from llmnorm.evaluation.loading import DTYPES, Loaded, load
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that `accelerate launch` started, its device and its stdout."""
+
+    rank: int
+    world: int
+    device: torch.device
+    stdout: TextIO
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options for loading a model: precision, tokenizer, trust."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="precision to load in (auto: as saved)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_NAME", help="for models that come without a tokenizer"
+    )
+    parser.add_argument(
+        "--eos-token", metavar="TOKEN", help="end-of-text token, where the tokenizer names none"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model code found in the folder (not needed for llmnorm's own models)",
+    )
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of both scoring commands: model, window, batch, output."""
+    parser.add_argument(
+        "--model", required=True, metavar="RUN_OR_FOLDER", help="run, Hugging Face folder or name"
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=positive,
+        metavar="N",
+        help="longest input in tokens (default: as the run trained, else the model's positions;"
+        " perplexity: at most 2048)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default 8")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the JSON here (default: the run's eval/)"
+    )
+    add_model_arguments(parser)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Loaded:
+    """Load `args.model` as the options of `add_model_arguments` say."""
+    return load(
+        args.model,
+        dtype=args.dtype,
+        device=device,
+        tokenizer=args.tokenizer,
+        eos_token=args.eos_token,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Processes]:
+    """Join the launcher's processes, if any, and leave them at the end; stdout is kept clean."""
+    from accelerate import PartialState
+
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        try:
+            yield Processes(state.process_index, state.num_processes, state.device, stdout)
+        finally:
+            state.destroy_process_group()
+
+
+def publish(
+    record: records.Record, processes: Processes, *, name: str, run: Path | None, out: Path | None
+) -> None:
+    """On rank 0, write the record to its file, and to stdout as one JSON."""
+    if processes.rank == 0:
+        records.write(record, name=name, run=run, out=out)
+        processes.stdout.write(records.to_json(record) + "\n")
+
+
+def provenance(loaded: Loaded, *packages: str) -> dict[str, Any]:
+    """What every record says beside its numbers."""
+    return {
+        "model": loaded.source.name,
+        "versions": records.versions(*packages),
+        "device": records.device_name(loaded.model.device),
+    }
