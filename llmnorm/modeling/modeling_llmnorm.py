@@ -132,8 +132,6 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embedding_norm(self.embedding_scale(x))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
@@ -144,6 +142,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:  # after the mask: a cache hides document starts
+            past_key_values = DynamicCache(config=self.config)
         rotary = rotary_table(
             position_ids,
             head_dim=self.config.head_dim,

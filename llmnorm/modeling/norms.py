@@ -74,9 +74,8 @@ class RMSNorm(nn.Module):
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.cast == "input":
             h = h.to(x.dtype)
-        if self.weight is not None:
-            h = self.weight * h
-        return (self.scale * h).to(x.dtype)
+        weight = 1.0 if self.weight is None else self.weight
+        return ((self.scale * weight) * h).to(x.dtype)
 
 
 @register_norm("layernorm")
@@ -126,11 +125,11 @@ class LayerNorm(nn.Module):
         h = x.to(compute_dtype(x))
         h = h - h.mean(-1, keepdim=True)
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            h = self.weight * h
+        weight = 1.0 if self.weight is None else self.weight
+        h = (self.scale * weight) * h
         if self.bias is not None:
-            h = h + self.bias
-        return (self.scale * h).to(x.dtype)
+            h = h + self.scale * self.bias
+        return h.to(x.dtype)
 
 
 # Initial alpha of DyT in LLaMA models, by width: attention, then mlp and final norm (equal in every
@@ -216,10 +215,10 @@ class DyT(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.weight * torch.tanh(self.alpha * x.to(compute_dtype(x)))
+        h = (self.scale * self.weight) * torch.tanh(self.alpha * x.to(compute_dtype(x)))
         if self.bias is not None:
-            h = h + self.bias
-        return (self.scale * h).to(x.dtype)
+            h = h + self.scale * self.bias
+        return h.to(x.dtype)
 
 
 @register_norm("derf")
@@ -274,7 +273,7 @@ class Derf(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.weight * torch.erf(self.alpha * x.to(compute_dtype(x)) + self.shift)
+        h = (self.scale * self.weight) * torch.erf(self.alpha * x.to(compute_dtype(x)) + self.shift)
         if self.bias is not None:
-            h = h + self.bias
-        return (self.scale * h).to(x.dtype)
+            h = h + self.scale * self.bias
+        return h.to(x.dtype)
