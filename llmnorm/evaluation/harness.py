@@ -73,11 +73,7 @@ def score_tasks(
         tasks = _load_tasks(names, include_path)
         lm = _language_model(model, tokenizer, batch_size, seq_len)
         _share(lm, rank, world)
-        from lm_eval import evaluator
-
-        found: Any = evaluator.evaluate(
-            lm, tasks, limit=limit, log_samples=False, bootstrap_iters=0
-        )
+        found = _evaluate(lm, tasks, limit)
     if found is None:
         return None
     return HarnessScores(
@@ -188,6 +184,18 @@ def _share(lm: Any, rank: int, world: int) -> None:
 
     lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
     lm._rank, lm._world_size = rank, world
+
+
+def _evaluate(lm: Any, tasks: Any, limit: int | None) -> Any:
+    from lm_eval import evaluator
+
+    try:
+        return evaluator.evaluate(lm, tasks, limit=limit, log_samples=False, bootstrap_iters=0)
+    except AssertionError as error:  # lm-eval asserts that an answer fits; a context is cut instead
+        raise ConfigError(
+            f"a task has an answer that does not fit into {lm.max_length} tokens;"
+            " use a longer --seq-len, up to the model's positions"
+        ) from error
 
 
 def _task_scores(
