@@ -11,7 +11,7 @@ from llmnorm import list_norms, list_placements
 
 # Four layers, so that Mix-LN's default quarter is one; grouped heads; no two widths alike.
 SHAPE: dict[str, Any] = {
-    "vocab_size": 67,
+    "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 56,
     "num_hidden_layers": 4,
