@@ -1,0 +1,167 @@
+"""The run directory: who may use it, what a new, an unfinished and a finished one look like.
+
+    config.yaml  environment.json  metrics.jsonl  eval/  checkpoints/  final/  exit.json
+
+`config.yaml` is written first and `final/` last, both in one piece, so a kill at any instant leaves
+a directory that the next start understands.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmnorm.config import RunConfig, load_run_config
+from llmnorm.errors import ConfigError, EnvironmentProblem
+from llmnorm.training.durable import follow_umask, sync_file, sync_folder, write_durably
+
+logger = logging.getLogger(__name__)
+
+_OURS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final")
+
+
+class RunDirectory:
+    """The folder of one run, used by one process at a time (rank 0).
+
+    Args:
+        path: `output.dir` of the run file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.final_in_making = path / ".final.writing"
+
+    def open(self, config: RunConfig) -> bool:
+        """Make or check the directory; return whether its run is finished already.
+
+        Raises:
+            ConfigError: if it holds another run, files that are no run, or `resume` is never.
+            EnvironmentProblem: if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._check(config)
+            shutil.rmtree(self.final_in_making, ignore_errors=True)
+            (self.path / "eval").mkdir(exist_ok=True)
+            write_durably(self.config_file, config.to_yaml())
+        except OSError as error:
+            raise EnvironmentProblem(f"output.dir={self.path} cannot be used: {error}") from error
+        return self.final.is_dir()
+
+    def _lock(self) -> None:
+        """Keep other runs out until this process ends, however it ends."""
+        self._handle = open(self.path / ".lock", "a")  # noqa: SIM115 (held until the run ends)
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"output.dir={self.path} is in use by another run; wait for it or choose another"
+            ) from error
+
+    def close(self) -> None:
+        """Let other runs in."""
+        handle = getattr(self, "_handle", None)
+        if handle is not None:
+            handle.close()
+
+    def _check(self, config: RunConfig) -> None:
+        present = [name for name in _OURS if (self.path / name).exists()]
+        if present and config.checkpoint.resume == "never":
+            raise ConfigError(
+                f"output.dir={self.path} holds a run ({', '.join(present)}) and checkpoint.resume "
+                "is never; choose another output.dir or remove it"
+            )
+        if present and "config.yaml" not in present:
+            raise ConfigError(
+                f"output.dir={self.path} holds {', '.join(present)} but no config.yaml, so it is "
+                "no run of llmnorm; choose another output.dir"
+            )
+        if present:
+            self._check_same(config)
+
+    def _check_same(self, config: RunConfig) -> None:
+        before = load_run_config(self.config_file, ["--checkpoint.resume", "auto"])
+        if before.fingerprint() == config.fingerprint():
+            return
+        keys = [
+            f"{key}: {old} became {new}" for key, old, new in differing_keys(before, config)
+        ] or ["the shape behind model.preset changed"]
+        raise ConfigError(
+            f"output.dir={self.path} holds a run of another configuration ({'; '.join(keys)}); "
+            "choose another output.dir, or the old values to continue it"
+        )
+
+    def publish_final(self) -> None:
+        """Sync what stands in `final_in_making` and give it its name."""
+        for path in sorted(self.final_in_making.rglob("*")):
+            if path.is_file():
+                follow_umask(path)
+                sync_file(path)
+        sync_folder(self.final_in_making)
+        os.rename(self.final_in_making, self.final)
+        sync_folder(self.path)
+
+    def write_exit(self, *, code: int, step: int, cause: str, rank: int) -> None:
+        """Record how the run ended; launchers replace exit codes, this file keeps ours."""
+        record = {"code": code, "rank": rank, "step": step, "cause": cause[:2000]}
+        write_durably(self.path / "exit.json", json.dumps(record) + "\n")
+
+
+def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return (key, old value, new value) where two run files would give other numbers."""
+    free = ("output.", "log.", "checkpoint.", "eval.", "data.path", "data.num_workers")
+    before, after = (flatten(yaml.safe_load(config.to_yaml())) for config in (old, new))
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(free)
+    ]
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def tracker_config(config: RunConfig) -> dict[str, Any]:
+    """Return the run file as flat values that every tracker can store."""
+    flat = flatten(yaml.safe_load(config.to_yaml()))
+    plain = (str, int, float, bool)
+    return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in flat.items()}
+
+
+def remember_start(
+    path: Path, describe: Callable[[], dict[str, Any]], start: dict[str, Any]
+) -> dict[str, Any]:
+    """Return environment.json: made by the run's first start, to which later ones add a line.
+
+    Args:
+        path: environment.json.
+        describe: makes the record of a first start.
+        start: what is true of this start.
+    """
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["restarts"].append(start)
+    else:
+        record = {**start, **describe(), "restarts": []}
+    write_durably(path, json.dumps(record, indent=1) + "\n")
+    return record

@@ -1,0 +1,101 @@
+"""Engines: who holds the weights, averages gradients and steps the optimizer.
+
+One protocol of six verbs; the loop knows no more about the engine than this. The launcher's file
+chooses the engine, the run file everything that changes numbers.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmnorm.errors import EnvironmentProblem
+from llmnorm.training.objective import Objective
+from llmnorm.training.pieces import Piece
+from llmnorm.training.precision import Precision
+from llmnorm.training.ranks import Ranks
+
+MicroBatch = dict[str, Tensor]
+MakeOptimizer = Callable[[PreTrainedModel], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Outcome of an optimizer step, the same on every rank.
+
+    Args:
+        loss: mean over the global batch's target tokens, in nats.
+        grad_norm: Euclidean norm of the global gradient before clipping.
+        applied: False when loss or norm was not finite; then nothing changed.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """The six verbs, and where this process stands.
+
+    Args:
+        name: what the checkpoint's manifest calls the engine.
+        ranks: the processes of the run.
+    """
+
+    name: str
+    ranks: Ranks
+
+    def prepare(
+        self, objective: Objective, make_optimizer: MakeOptimizer, precision: Precision
+    ) -> None:
+        """Take the model in: place, wrap and check it, and make the optimizer for it."""
+
+    def backward(self, micro_batches: list[MicroBatch], count: float) -> Tensor:
+        """Accumulate the gradient of (loss sum of the global batch / `count`).
+
+        Returns this rank's loss sum, a float64 scalar.
+        """
+
+    def clip_and_step(
+        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float
+    ) -> StepResult:
+        """Clip to `max_norm` (0: off) and step at `factor` times each group's learning rate."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield what this rank owns of weights and optimizer state, without a collective."""
+
+    def load_pieces(self, folder: Path) -> None:
+        """Set weights and optimizer state from a verified checkpoint of any engine and world."""
+
+    def finish(self, folder: Path | None) -> None:
+        """Write the weights as a Hugging Face folder (None: do not) and leave the group."""
+
+
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def choose_engine() -> Engine:
+    """Return the engine that the launcher asked for.
+
+    Raises:
+        EnvironmentProblem: if the launcher asked for one that this version does not have.
+    """
+    from llmnorm.training.engines.plain import PlainEngine
+
+    for variable, what in _UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise EnvironmentProblem(
+                f"the launcher asked for {what}; this version trains with one process or DDP: "
+                "use configs/accelerate/ddp.yaml"
+            )
+    return PlainEngine(cpu=not torch.cuda.is_available())

@@ -1,0 +1,208 @@
+"""What a run is made of, built once before the loop: data, model, plan.
+
+Read `loop.py` first; this is what its opening lines call.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmnorm.build import build_config, build_model
+from llmnorm.config import RunConfig
+from llmnorm.data import GlobalBatches, Prepared, open_prepared
+from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.training.environment import parameter_counts
+from llmnorm.training.ranks import Ranks
+from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many steps of how many tokens, and the learning rate along them."""
+
+    steps: int
+    tokens_per_step: int
+    micro_batch_size: int  # sequences
+    schedule: Schedule
+
+
+def make_plan(config: RunConfig, world: int) -> Plan:
+    """Return the plan of a run on `world` processes."""
+    training, schedule = config.training, config.schedule
+    tokens_per_step = training.global_batch_size * config.data.seq_len
+    steps = horizon_steps(training.max_steps, training.max_tokens, tokens_per_step)
+    share = -(-training.global_batch_size // world)
+    return Plan(
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        micro_batch_size=min(training.micro_batch_size or share, share),
+        schedule=make_schedule(
+            schedule.name,
+            horizon=steps,
+            warmup_steps=schedule.warmup_steps,
+            decay_steps=0.2 if schedule.decay_steps is None else schedule.decay_steps,
+            final_lr_fraction=schedule.final_lr_fraction,
+        ),
+    )
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> Prepared:
+    """Open the prepared data; rank 0 checks every byte, the others what is needed to read."""
+    ranks.on_main(lambda: open_prepared(config.data.path, verify=True).fingerprint)
+    return open_prepared(config.data.path, verify=False)
+
+
+def describe_run(
+    config: RunConfig, data: Prepared, plan: Plan, model: PreTrainedModel
+) -> dict[str, Any]:
+    """Return size, data and horizon of a run as JSON and log them in one line."""
+    train = data.split("train")
+    counts = parameter_counts(model)
+    tokens = plan.steps * plan.tokens_per_step
+    per_parameter = tokens / max(1, counts["non_embedding"])
+    logger.info(
+        "%s parameters (%s non-embedding), %d steps of %d tokens: %.1f tokens per parameter, "
+        "%.2f epochs",
+        f"{counts['total']:,}",
+        f"{counts['non_embedding']:,}",
+        plan.steps,
+        plan.tokens_per_step,
+        per_parameter,
+        tokens / train.tokens,
+    )
+    return {
+        "config_fingerprint": config.fingerprint(),
+        "data": {
+            "path": str(data.path),
+            "fingerprint": data.fingerprint,
+            "vocab_size": data.vocab_size,
+            "train_tokens": train.tokens,
+            "train_documents": train.documents,
+        },
+        "parameters": counts,
+        "tokens": tokens,
+        "tokens_per_non_embedding_parameter": per_parameter,
+        "schedule": asdict(plan.schedule),
+    }
+
+
+def check_same_data(facts: Mapping[str, Any], data: Prepared, run: Path) -> None:
+    """Refuse to continue a run on other data than it began with.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    before = facts["data"]["fingerprint"]
+    if before != data.fingerprint:
+        raise CheckpointError(
+            f"{run} was trained on data of fingerprint {before[:12]}, {data.path} has "
+            f"{data.fingerprint[:12]}; restore that data, or choose another output.dir"
+        )
+
+
+def validation_documents(
+    data: Prepared, most: int | None
+) -> Iterator[tuple[np.ndarray, int]] | None:
+    """Return (tokens without end-of-text, UTF-8 bytes) of the validation documents, if any."""
+    if "val" not in data.manifest.splits:
+        return None
+    split = data.split("val")
+    if split.tokens == split.documents:  # end-of-text alone: nothing to score
+        return None
+    return split.documents_for_scoring(most)
+
+
+def make_batches(config: RunConfig, data: Prepared, plan: Plan, ranks: Ranks) -> GlobalBatches:
+    """Return this rank's share of every global batch."""
+    return GlobalBatches(
+        data.split("train"),
+        seq_len=config.data.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        seed=config.training.seed,
+        eos_token_id=data.eos_token_id,
+        rank=ranks.rank,
+        world=ranks.world,
+        document_mask=config.data.document_mask,
+        num_workers=config.data.num_workers,
+    )
+
+
+def make_model(config: RunConfig, data: Prepared) -> PreTrainedModel:
+    """Build the model for this data, fresh or from `training.init_from`.
+
+    Raises:
+        ConfigError: if `model.overrides` gives a smaller vocabulary than the data's.
+    """
+    arguments = config.model.build_arguments()
+    vocab_size = config.model.overrides.get("vocab_size", data.vocab_size)
+    if vocab_size < data.vocab_size:
+        raise ConfigError(
+            f"model.overrides.vocab_size={vocab_size} is smaller than the data's vocabulary of "
+            f"{data.vocab_size}; drop it or make it larger"
+        )
+    ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
+    arguments = {**ends, **arguments, "vocab_size": vocab_size}
+    model_config = build_config(**arguments)
+    positions = model_config.max_position_embeddings
+    if positions < config.data.seq_len:
+        if "max_position_embeddings" in config.model.overrides:
+            raise ConfigError(
+                f"data.seq_len={config.data.seq_len} exceeds "
+                f"model.overrides.max_position_embeddings={positions}; make the latter larger"
+            )
+        arguments["max_position_embeddings"] = config.data.seq_len
+        model_config = build_config(**arguments)
+    model = build_model(model_config, seed=config.training.seed)
+    if config.training.init_from is not None:
+        load_weights(model, config.training.init_from)
+    return model
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the weights of a Hugging Face folder (safetensors) into a model of the same shape.
+
+    Raises:
+        CheckpointError: if there are none, or names or shapes differ (the first are named).
+    """
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as handle:
+                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
+        except SafetensorError as error:
+            raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
+    if not stored:
+        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
+    wanted = dict(model.named_parameters())
+    tied = set(model.state_dict()) - set(wanted)
+    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    problems += [f"{name} is not in the model" for name in stored.keys() - wanted.keys() - tied]
+    problems += _shape_problems(wanted, stored)
+    if problems:
+        raise CheckpointError(
+            f"training.init_from={folder} has another shape ({'; '.join(sorted(problems)[:3])}); "
+            "expected the weights of this preset, norm and placement"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+    logger.info("weights taken from %s", folder)
+
+
+def _shape_problems(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} is {tuple(stored[name].shape)} and not {tuple(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in stored and stored[name].shape != parameter.shape
+    ]
