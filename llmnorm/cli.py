@@ -25,15 +25,14 @@ _GRACE_SECONDS = 5.0  # how long the other ranks let rank 0 speak first
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-# Name: module, help, words put before the user's (for subcommands offered at the top as well).
-_COMMANDS: dict[str, tuple[str, str, list[str]]] = {
-    "data": ("llmnorm.data.command", "prepare text as token shards", []),
-    "train": ("llmnorm.training.command", "train a model as a run file says", []),
-    "eval": ("llmnorm.evaluation.command", "score a model: perplexity, lm-eval tasks", []),
-    "generate": ("llmnorm.evaluation.command", "continue a text with a model", ["generate"]),
-    "compare": ("llmnorm.evaluation.command", "compare runs: table, picture", ["compare"]),
-    "list": ("llmnorm.listing", "show the norms, placements or presets there are", []),
-    "validate": ("llmnorm.config.command", "check a run file without training", []),
+_COMMANDS = {
+    "data": ("llmnorm.data.command", "prepare text as token shards"),
+    "train": ("llmnorm.training.command", "train a model as a run file says"),
+    "eval": ("llmnorm.evaluation.command", "score a model: perplexity, lm-eval tasks"),
+    "generate": ("llmnorm.evaluation.commands.generate", "continue a text with a model"),
+    "compare": ("llmnorm.evaluation.commands.compare", "compare runs: table, picture"),
+    "list": ("llmnorm.listing", "show the norms, placements or presets there are"),
+    "validate": ("llmnorm.config.command", "check a run file without training"),
 }
 
 
@@ -122,13 +121,12 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in _COMMANDS:
         raise ConfigError(f"no command is named {words[0]!r}{suggest(words[0], list(_COMMANDS))}")
-    module, _, before = _COMMANDS[words[0]]
-    prog = "llmnorm" if before else f"llmnorm {words[0]}"
-    return run_command(importlib.import_module(module), prog, before + words[1:])
+    command = importlib.import_module(_COMMANDS[words[0]][0])
+    return run_command(command, f"llmnorm {words[0]}", words[1:])
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<10} {what}" for name, (_, what, _) in _COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items())
     return (
         "usage: llmnorm COMMAND [arguments]\n\n"
         "Train decoder-only language models with the normalization scheme as a choice.\n\n"

@@ -17,9 +17,9 @@ from llmnorm.resources import list_presets
 _SHAPE = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
-    "mlp width": "intermediate_size",
+    "mlp": "intermediate_size",
     "heads": "num_attention_heads",
-    "vocabulary": "vocab_size",
+    "vocab": "vocab_size",
 }
 
 
@@ -51,10 +51,10 @@ def _presets() -> Table:
     table = Table(title="presets: models/NAME/config.json, counted with pre_ln and rmsnorm")
     table.add_column("preset")
     for heading in ("parameters", "non-embedding", *_SHAPE):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name in list_presets():
         config = build_config(name)
-        counts = (f"{count:,}" for count in count_parameters(config))
+        counts = (f"{count / 1e6:,.2f} M" for count in count_parameters(config))
         table.add_row(name, *counts, *(str(getattr(config, field)) for field in _SHAPE.values()))
     return table
 
@@ -68,11 +68,11 @@ def _placements() -> Table:
 
 
 def _described(kind: str, classes: dict[str, type]) -> Table:
-    """One row for each class: what it is, and the options that a run file may give it."""
-    table = Table(kind, "what it is", "options (defaults)")
+    """One row for each class: what it is, and the options that a run file may give."""
+    table = Table(kind, "what it is", "options")
     for name, cls in classes.items():
-        summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+        summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
         options = inspect.signature(cls).parameters.values()
-        shown = [f"{o.name} ({o.default})" for o in options if o.default is not o.empty]
+        shown = [option.name for option in options if option.default is not option.empty]
         table.add_row(name, summary, ", ".join(shown) or "-")
     return table

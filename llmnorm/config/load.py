@@ -5,12 +5,14 @@ one validation, so both give the same errors, all at once, each with its origin.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from llmnorm.config.document import MAX_BYTES, KeyPath, read_document
 from llmnorm.config.models import RunConfig
@@ -140,21 +142,28 @@ class _Draft:
         try:
             config = RunConfig.model_validate(filled)
         except ValidationError as found:
-            for error in found.errors(include_url=False):
-                line = explain(error, RunConfig, f"--{key_name(error['loc'])}")
-                self.problems.append(f"{self.origin(error['loc'])}: {line}")
+            self.problems += map(self.line, found.errors(include_url=False))
         if self.problems:
             lines = list(dict.fromkeys(one_line(line) for line in self.problems))
             more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
             raise ConfigError("\n".join(lines[:MAX_LINES] + more))
         return config
 
-    def origin(self, path: KeyPath) -> str:
-        """Where `path` was given: its own line or flag, else that of what stands under or above."""
+    def line(self, error: ErrorDetails) -> str:
+        """Origin and explanation; a flag that is the key itself is not repeated."""
+        text, key = explain(error, RunConfig), key_name(error["loc"])
+        origin = self.origin(error["loc"], text)
+        return f"--{text}" if origin == f"--{key}" else f"{origin}: {text}"
+
+    def origin(self, path: KeyPath, text: str) -> str:
+        """Where `path` was given: a key under it that `text` names, else itself, else above it."""
+        under = {k: o for k, o in self.origins.items() if k[: len(path)] == path and k != path}
+        for key, origin in under.items():
+            if re.search(
+                rf"(?<!\w){re.escape(str(key[-1]))}(?!\w)", text.removeprefix(key_name(path))
+            ):
+                return origin
         for depth in range(len(path), 0, -1):
             if path[:depth] in self.origins:
                 return self.origins[path[:depth]]
-            for key, origin in self.origins.items():
-                if key[:depth] == path[:depth] and depth == len(path):
-                    return origin
-        return self.source
+        return next(iter(under.values()), self.source)

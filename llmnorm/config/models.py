@@ -206,7 +206,7 @@ class TrainingSection(Section):
     def _fits_global(cls, value: int | None, info: ValidationInfo) -> int | None:
         whole = info.data.get("global_batch_size")
         if value is not None and whole is not None and value > whole:
-            raise ValueError(f"{value} is more than training.global_batch_size, which is {whole}")
+            raise ValueError(f"more than training.global_batch_size, which is {whole}")
         return value
 
     @field_validator("init_from")

@@ -48,11 +48,12 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def explain(error: ErrorDetails, root: type[BaseModel], flag: str) -> str:
-    """Return one line for `error` found while validating `root`; `flag` is how to give the key."""
+def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
+    """Return one line for `error`, found while validating `root`; it begins with the key."""
     kind, path, seen = error["type"], error["loc"], error["input"]
     if kind == "missing":
-        return f"{key_name(path)} is required; write it in the run file or give {flag} VALUE"
+        key = key_name(path)
+        return f"{key} is required; write it in the run file or give --{key} VALUE"
     if kind == "extra_forbidden":
         return f"{key_name(path)} is not a key of a run file; {_nearest_key(path, root)}"
     context: dict[str, Any] = error.get("ctx") or {}
@@ -63,8 +64,8 @@ def explain(error: ErrorDetails, root: type[BaseModel], flag: str) -> str:
             f"{key_name(path)}: expected {expected}, found {show(seen)}{_nearest(seen, expected)}"
         )
     if kind == "value_error":
-        message = str(context["error"]).removeprefix(f"{key_name(path)}: ")
-        return f"{key_name(path)}: {message}" + ("" if seen is None else f" (found {show(seen)})")
+        found = "" if seen is None or isinstance(seen, dict) else f", found {show(seen)}"
+        return f"{key_name(path)}: {context['error']}{found}"
     expected = _EXPECTED.get(kind, error["msg"]).format(**context)
     return f"{key_name(path)}: expected {expected}, found {show(seen)}"
 
