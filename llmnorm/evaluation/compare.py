@@ -78,7 +78,7 @@ def rich_table(comparison: Comparison) -> Table:
     table = Table(header_style="bold")
     for column in comparison.columns:
         text = column in ("scheme", "run")
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
+        table.add_column(column, justify="left" if text else "right", no_wrap=text, overflow="fold")
     for row in comparison.rows:
         table.add_row(*row)
     return table
@@ -134,7 +134,7 @@ def _facts(run: Run) -> dict[str, Any]:
     score = run.perplexity or {}
     settings = {key: value for key, value in _flat(run.config).items() if not key.startswith(_FREE)}
     return {
-        "the training data": run.environment.get("data_fingerprint"),
+        "the training data": run.environment.get("data", {}).get("fingerprint"),
         "tokens trained on": run.tokens,
         "the data of the perplexity": score.get("data_fingerprint"),
         **{f"the {key} of the perplexity": score.get(key)

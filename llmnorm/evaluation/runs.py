@@ -89,7 +89,9 @@ class Run:
 
     @cached_property
     def parameters(self) -> int | None:
-        """Parameters of the saved model; tied tensors are saved, and counted, once."""
+        """Parameters of the model; a head that shares the embedding's matrix counts once."""
+        if "parameters" in self.environment:
+            return self.environment["parameters"]["total"]
         shards = sorted((self.path / "final").glob("*.safetensors"))
         return sum(_elements(shard) for shard in shards) if shards else None
 

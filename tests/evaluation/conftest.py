@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+
+QUESTIONS = [
+    {"question": "The cat", "choices": [" sat", " flew", " of", " xx"], "answer": 0},
+    {"question": "Two and two", "choices": [" are four", " are five"], "answer": 0},
+    {"question": "It is", "choices": [" so", " mat", " dog", " a", " by"], "answer": 3},
+]
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
 
 
 def byte_tokenizer(*, eos: bool = True) -> PreTrainedTokenizerFast:
@@ -115,3 +135,20 @@ def make_run(tmp_path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def task_rows() -> list[dict[str, Any]]:
+    """Three questions of 4, 2 and 5 choices."""
+    return QUESTIONS
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory) -> Path:
+    """lm-eval's file of the task `ours`, and of `lost`, whose data is not there."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (folder / "ours.yaml").write_text(TASK.format(name="ours", data=data))
+    (folder / "lost.yaml").write_text(TASK.format(name="lost", data=folder / "absent.jsonl"))
+    return folder

@@ -1,8 +1,6 @@
 """lm-eval scores beside the chance level, from task files alone."""
 
 import builtins
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,37 +8,6 @@ import torch
 from llmnorm.errors import ConfigError, DataError, EnvironmentProblem
 from llmnorm.evaluation.harness import score_tasks
 from llmnorm.evaluation.loading import load
-
-ROWS = [
-    {"question": "The cat", "choices": [" sat", " flew", " of", " xx"], "answer": 0},
-    {"question": "Two and two", "choices": [" are four", " are five"], "answer": 0},
-    {"question": "It is", "choices": [" so", " mat", " dog", " a", " by"], "answer": 3},
-]
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """Three questions of 4, 2 and 5 choices."""
-    folder = tmp_path_factory.mktemp("tasks")
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "ours.yaml").write_text(TASK.format(name="ours", data=data))
-    lost = TASK.format(name="lost", data=folder / "absent.jsonl")
-    (folder / "lost.yaml").write_text(lost)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +23,18 @@ def log_likelihood(loaded, context: str, continuation: str) -> float:
     return sum(log_p[len(before) + i - 1, token].item() for i, token in enumerate(after))
 
 
-def test_accuracy_is_that_of_a_hand_made_loop_and_stands_beside_chance(loaded, tasks):
+def test_accuracy_is_that_of_a_hand_made_loop_and_stands_beside_chance(
+    loaded, task_folder, task_rows
+):
     right, right_norm = 0, 0
-    for row in ROWS:
+    for row in task_rows:
         scores = [log_likelihood(loaded, row["question"], choice) for choice in row["choices"]]
         per_byte = [s / len(c) for s, c in zip(scores, row["choices"], strict=True)]
         right += scores.index(max(scores)) == row["answer"]
         right_norm += per_byte.index(max(per_byte)) == row["answer"]
-    found = score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks, batch_size=3)
+    found = score_tasks(
+        loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder, batch_size=3
+    )
     scores = found.tasks["ours"]
     assert scores["acc"] == pytest.approx(right / 3)
     assert scores["acc_norm"] == pytest.approx(right_norm / 3)
@@ -71,12 +42,12 @@ def test_accuracy_is_that_of_a_hand_made_loop_and_stands_beside_chance(loaded, t
     assert scores["samples"] == 3
 
 
-def test_what_the_score_depends_on_is_recorded(loaded, tasks):
+def test_what_the_score_depends_on_is_recorded(loaded, task_folder):
     found = score_tasks(
         loaded.model,
         loaded.tokenizer,
         ["ours"],
-        include_path=tasks,
+        include_path=task_folder,
         limit=2,
         batch_size=5,
         seq_len=64,
@@ -90,30 +61,30 @@ def test_what_the_score_depends_on_is_recorded(loaded, tasks):
     assert context["bos"]["special_tokens_added_to_texts"] == 0
 
 
-def test_nothing_reaches_stdout(loaded, tasks, capsys):
-    score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks)
+def test_nothing_reaches_stdout(loaded, task_folder, capsys):
+    score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder)
     assert capsys.readouterr().out == ""
 
 
-def test_an_unknown_task_suggests_near_names(loaded, tasks):
+def test_an_unknown_task_suggests_near_names(loaded, task_folder):
     with pytest.raises(ConfigError, match=r"unknown task 'our'; near names:.*\bours\b"):
-        score_tasks(loaded.model, loaded.tokenizer, ["our"], include_path=tasks)
+        score_tasks(loaded.model, loaded.tokenizer, ["our"], include_path=task_folder)
 
 
-def test_missing_task_data_and_folders_are_named(loaded, tasks):
+def test_missing_task_data_and_folders_are_named(loaded, task_folder):
     with pytest.raises(DataError, match="lost"):
-        score_tasks(loaded.model, loaded.tokenizer, ["lost"], include_path=tasks)
+        score_tasks(loaded.model, loaded.tokenizer, ["lost"], include_path=task_folder)
     with pytest.raises(ConfigError, match="is not a folder"):
-        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks / "absent")
+        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder / "absent")
 
 
-def test_a_tokenizer_without_a_first_token_is_refused(make_model, tasks):
+def test_a_tokenizer_without_a_first_token_is_refused(make_model, task_folder):
     loaded = load(str(make_model(eos=False)))
     with pytest.raises(ConfigError, match="--eos-token"):
-        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks)
+        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder)
 
 
-def test_a_missing_lm_eval_says_what_to_install(loaded, tasks, monkeypatch):
+def test_a_missing_lm_eval_says_what_to_install(loaded, task_folder, monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -123,12 +94,12 @@ def test_a_missing_lm_eval_says_what_to_install(loaded, tasks, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmnorm\[eval\]'"):
-        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks)
+        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder)
 
 
-def test_an_answer_longer_than_the_window_is_explained(loaded, tasks):
+def test_an_answer_longer_than_the_window_is_explained(loaded, task_folder):
     with pytest.raises(ConfigError, match="does not fit into 4 tokens"):
-        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=tasks, seq_len=4)
+        score_tasks(loaded.model, loaded.tokenizer, ["ours"], include_path=task_folder, seq_len=4)
 
 
 def test_the_local_tasks_run_without_a_network(make_model, shared_folder):

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if form == "table":
         console.print(rich_table(comparison))
         for note in comparison.notes:
-            console.print(note, highlight=False)
+            console.print(note, highlight=False, markup=False)
     else:
         sys.stdout.write(texts[form](comparison))
     if args.plot is not None:

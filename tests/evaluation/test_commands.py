@@ -1,0 +1,130 @@
+"""The command lines: one JSON on stdout alone, records in the run, errors in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmnorm.cli import run_command
+from llmnorm.errors import ConfigError, DataError
+from llmnorm.evaluation import command
+from llmnorm.evaluation.commands import harness, perplexity
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FIELDS = [
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "tokens",
+    "bytes",
+    "documents",
+    "seq_len",
+    "stride",
+    "dtype",
+]
+
+SCORE_TEXT = ["perplexity", "--model", "MODEL", "--data", "TEXT"]
+
+
+def llmnorm(*words: object) -> int:
+    return run_command(command, "llmnorm", [str(word) for word in words])
+
+
+def test_perplexity_prints_one_json_and_writes_it_to_the_run(
+    make_run, model_folder, text_file, capsys
+):
+    run = make_run("run", model=model_folder)
+    assert llmnorm("perplexity", "--model", run, "--data", text_file) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found)[: len(FIELDS)] == FIELDS
+    assert (found["tokens"], found["bytes"], found["documents"]) == (45, 45, 3)
+    assert (found["seq_len"], found["stride"], found["dtype"]) == (32, 32, "float32")
+    assert json.loads((run / "eval" / "perplexity-some.txt.json").read_text()) == found
+
+
+def test_perplexity_of_a_stock_model_goes_where_the_user_says(
+    model_folder, text_file, tmp_path, capsys
+):
+    out = tmp_path / "new" / "score.json"
+    words = ["perplexity", "--model", model_folder, "--data", text_file, "--out", out]
+    llmnorm(*words, "--seq-len", 16, "--stride", 4, "--max-documents", 2)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["seq_len"], found["stride"], found["documents"]) == (16, 4, 2)
+    assert json.loads(out.read_text()) == found
+    assert not (model_folder / "eval").exists()
+
+
+def test_harness_prints_one_json_and_writes_it_to_the_run(
+    make_run, model_folder, task_folder, capsys
+):
+    run = make_run("run", model=model_folder)
+    llmnorm("harness", "--model", run, "--tasks", "ours", "--include-path", task_folder)
+    found = json.loads(capsys.readouterr().out)
+    assert found["tasks"]["ours"]["chance"] == pytest.approx(0.95 / 3)
+    assert found["seq_len"] == 32  # as trained
+    assert {"lm_eval", "torch", "transformers"} <= set(found["versions"])
+    assert json.loads((run / "eval" / "harness-ours.json").read_text()) == found
+
+
+def test_generate_prints_prompt_and_continuation(model_folder, capsys):
+    llmnorm("generate", model_folder, "-p", "hello", "--max-new-tokens", 5, "--temperature", 0)
+    first = capsys.readouterr().out
+    llmnorm("generate", model_folder, "-p", "hello", "--max-new-tokens", 5, "--top-k", 1)
+    assert first.startswith("hello")
+    assert first == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["table", "plain", "markdown", "json"])
+def test_compare_prints_every_form_and_draws(make_run, tmp_path, capsys, form):
+    runs = [make_run("a"), make_run("b", placement="lns")]
+    picture = tmp_path / "losses.svg"
+    llmnorm("compare", *runs, "--format", form, "--plot", picture)
+    out = capsys.readouterr().out
+    assert "lns + rmsnorm" in out
+    assert "not a ranking" in out
+    assert picture.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["compare", "absent"], ConfigError, "absent is not a run"),
+        (["compare", "absent", "--plot", "x.doc"], ConfigError, "expected a name ending in .png"),
+        (["perplexity", "--model", "./absent", "--data", "x"], ConfigError, "does not exist"),
+        (["harness", "--model", "./absent", "--tasks", ","], ConfigError, "names no task"),
+        (["perplexity", "--model", "MODEL", "--data", "absent"], DataError, "absent does not"),
+        ([*SCORE_TEXT, "--seq-len", "0"], ConfigError, "seq-len"),
+        ([*SCORE_TEXT, "--seq-len", "200"], ConfigError, "128 positions"),
+        ([*SCORE_TEXT, "--dtype", "int8"], ConfigError, "dtype"),
+    ],
+)
+def test_mistakes_are_explained(model_folder, text_file, words, error, message):
+    real = {"MODEL": str(model_folder), "TEXT": str(text_file)}
+    with pytest.raises(error, match=message):
+        llmnorm(*[real.get(word, word) for word in words])
+
+
+@pytest.mark.parametrize(("module", "name"), [(perplexity, "perplexity"), (harness, "harness")])
+def test_the_scripts_are_the_commands(module, name, capsys):
+    script = ROOT / "eval" / f"{name}.py"
+    assert len(script.read_text().splitlines()) <= 40
+    with pytest.raises(SystemExit) as ended:
+        run_command(module, f"eval/{name}.py", ["--help"])
+    assert ended.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
+
+
+def test_the_script_keeps_stdout_clean_in_a_process_of_its_own(model_folder, text_file):
+    """Libraries print to stdout while they are imported; a reader of the JSON must not see it."""
+    script = ROOT / "eval" / "perplexity.py"
+    done = subprocess.run(
+        [sys.executable, script, "--model", model_folder, "--data", text_file],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout)["documents"] == 3
