@@ -134,7 +134,7 @@ def _facts(run: Run) -> dict[str, Any]:
     score = run.perplexity or {}
     settings = {key: value for key, value in _flat(run.config).items() if not key.startswith(_FREE)}
     return {
-        "the training data": run.environment.get("data", {}).get("fingerprint"),
+        "the training data": run.data_fingerprint,
         "tokens trained on": run.tokens,
         "the data of the perplexity": score.get("data_fingerprint"),
         **{f"the {key} of the perplexity": score.get(key)

@@ -72,6 +72,9 @@ class Run:
 
     @property
     def validation_loss(self) -> float | None:
+        """Over the whole validation split where that was scored, else the last one of training."""
+        if self.perplexity is not None and self._is_own_validation(self.perplexity):
+            return self.perplexity["loss"]
         return self.validation_curve[-1][1] if self.validation_curve else None
 
     @property
@@ -97,8 +100,10 @@ class Run:
 
     @cached_property
     def perplexity(self) -> dict[str, Any] | None:
-        """The newest perplexity record."""
-        return next(reversed(records.read(self.path, "perplexity")), None)
+        """The newest score of the run's own validation split, else of any text."""
+        scores = records.read(self.path, "perplexity")
+        own = [score for score in scores if self._is_own_validation(score)]
+        return next(reversed(own or scores), None)
 
     @cached_property
     def downstream(self) -> dict[str, Downstream]:
@@ -117,6 +122,15 @@ class Run:
                         scores.get("chance") if metric.startswith("acc") else None,
                     )
         return newest
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """Of the prepared folder that the run was trained on."""
+        return self.environment.get("data", {}).get("fingerprint")
+
+    def _is_own_validation(self, score: dict[str, Any]) -> bool:
+        own = (self.data_fingerprint, "val", None)
+        return (score["data_fingerprint"], score["split"], score["max_documents"]) == own
 
     def _curve(self, key: str) -> Curve:
         return [

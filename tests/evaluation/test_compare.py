@@ -23,7 +23,8 @@ SCORE = {
     "stride": 32,
     "split": "val",
     "dtype": "float32",
-    "data_fingerprint": "b" * 64,
+    "data_fingerprint": "a" * 64,
+    "max_documents": None,
 }
 TASK = {"acc": 0.41, "acc_stderr": 0.03, "chance": 0.25, "higher_is_better": {"acc": True}}
 
@@ -51,7 +52,7 @@ def test_a_row_holds_the_runs_own_numbers(two_runs):
     row = dict(zip(comparison.columns, comparison.rows[0], strict=True))
     assert row == {
         "scheme": "pre_ln + rmsnorm",
-        "validation loss": "3.1234",
+        "validation loss": "2.0000",
         "perplexity": "7.389",
         "bits per byte": "1.2500",
         "ours (acc, chance 0.250)": "0.410 ± 0.030",
@@ -88,6 +89,8 @@ def test_other_data_other_tokens_and_other_settings_are_named_first_to_last(make
 
 
 def test_scores_on_other_text_are_named(two_runs):
+    for own in two_runs[1].glob("eval/perplexity*"):
+        own.unlink()
     other = {**SCORE, "data_fingerprint": "d" * 64, "stride": 16}
     records.write(other, name="perplexity-other", run=two_runs[1], out=None)
     lines = differences([open_run(run) for run in two_runs])
@@ -95,6 +98,17 @@ def test_scores_on_other_text_are_named(two_runs):
         "Besides the scheme, the data of the perplexity",
         "Besides the scheme, the stride of the perplexity",
     ]
+
+
+def test_the_validation_split_comes_before_other_text_and_a_part_of_it(two_runs):
+    run = two_runs[0]
+    for name, other in (("b", {"data_fingerprint": "b" * 64}), ("c", {"max_documents": 2})):
+        record = {**SCORE, "loss": 9.0, **other}
+        records.write(record, name=f"perplexity-{name}", run=run, out=None)
+    assert open_run(run).perplexity == SCORE
+    (run / "eval" / "perplexity-some-val.json").unlink()
+    assert open_run(run).perplexity["loss"] == 9.0
+    assert open_run(run).validation_loss == 3.1234  # of training's last evaluation
 
 
 def test_an_unfinished_run_and_a_run_without_scores_are_marked(make_run, model_folder):
@@ -116,7 +130,7 @@ def test_two_runs_of_one_scheme_are_told_apart_by_their_folder(make_run):
 def test_json_holds_full_precision(two_runs):
     found = json.loads(as_json(compare([open_run(run) for run in two_runs])))
     assert found["runs"][1]["scheme"] == "lns + derf"
-    assert found["runs"][1]["validation_loss"] == 3.1234
+    assert found["runs"][1]["validation_loss"] == 2.0
     assert found["runs"][1]["downstream"]["ours"]["chance"] == 0.25
 
 
@@ -155,10 +169,12 @@ def test_numbers_that_are_not_finite_are_null_in_json():
     }
 
 
-def test_smoothing_keeps_length_ends_and_straight_lines():
-    curve = [(step, 10.0 - step) for step in range(100)]
-    for (_, kept), (_, given) in zip(smoothed(curve, share=0.1), curve, strict=True):
-        assert kept == pytest.approx(given)
+def test_smoothing_averages_a_centred_window():
+    curve = [(step, float(step % 2)) for step in range(100)]
+    smooth = smoothed(curve, share=0.04)  # two points on each side
+    assert [tokens for tokens, _ in smooth] == list(range(100))
+    assert smooth[50] == (50, pytest.approx(2 / 5))
+    assert smooth[99] == (99, pytest.approx(2 / 3))
     broken = [(0, 1.0), (1, math.nan), (2, 3.0)]
     assert smoothed(broken, share=0.7)[1] == (1, 2.0)
 
