@@ -1,0 +1,69 @@
+"""A saved folder carries its code: it loads, bit-equal, where llmnorm is not installed."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import save_file
+from schemes import PAIRS, SHAPE, tokens
+
+from llmnorm import build_config, build_model
+
+IDS = tokens(2, 11)
+
+STRANGER = """
+import json, sys
+from pathlib import Path
+
+class NoLlmnorm:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "llmnorm":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoLlmnorm())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+root, equal = Path(sys.argv[1]), {}
+torch.set_num_threads(int(sys.argv[2]))
+for folder in sorted(root.iterdir()):
+    if not folder.is_dir():
+        continue
+    expected = load_file(folder.parent / f"{folder.name}.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    equal[folder.name] = torch.equal(model(expected["ids"]).logits, expected["logits"])
+again = root / "again"
+model.save_pretrained(again)
+model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+equal["saved again"] = torch.equal(model(expected["ids"]).logits, expected["logits"])
+print(json.dumps(equal))
+"""
+
+
+def test_every_scheme_loads_bit_equal_in_a_process_without_llmnorm(tmp_path):
+    saved = tmp_path / "saved"
+    for norm, placement in PAIRS:
+        config = build_config(SHAPE, norm=norm, placement=placement, qk_norm="full_width")
+        model = build_model(config, seed=2).eval()
+        model.save_pretrained(saved / f"{norm}-{placement}")
+        tensors = {"ids": IDS, "logits": model(IDS).logits.detach()}
+        save_file(tensors, saved / f"{norm}-{placement}.safetensors")
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    done = subprocess.run(
+        [sys.executable, str(script), str(saved), str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    equal = json.loads(done.stdout.splitlines()[-1])
+    assert len(equal) == len(PAIRS) + 1
+    assert all(equal.values()), [name for name, same in equal.items() if not same]
