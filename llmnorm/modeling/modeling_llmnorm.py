@@ -5,6 +5,8 @@ Everything scheme-specific is data in `configuration_llmnorm.py`; nothing here a
 runs.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from .mlp import MLPS
 from .operations import OPERATIONS, compute_dtype
 from .residual import Residual, ResidualSpec, build_slot
 from .rotary import rotary_table
+from .travel import foreign_sources, write_sources
 
 
 def embedding_scale(spec: EmbeddingSpec, config: LlmNormConfig) -> nn.Module:
@@ -86,6 +89,12 @@ class LlmNormPreTrainedModel(PreTrainedModel):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; norms registered outside llmnorm travel along (`travel.py`)."""
+        sources = foreign_sources(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_sources(sources, Path(save_directory))
 
 
 class LlmNormModel(LlmNormPreTrainedModel):

@@ -1,0 +1,101 @@
+"""A norm registered outside llmnorm travels with the saved model, or saving refuses."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from schemes import SHAPE, tokens
+
+from llmnorm import build_config, build_model
+from llmnorm.modeling import operations
+
+NORM = """
+import torch
+from torch import nn
+from llmnorm import register_norm
+{extra}
+
+@register_norm("half_rms")
+class HalfRMS(nn.Module):
+    def __init__(self, dim: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.full((dim,), 0.5))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.5)
+
+    def forward(self, x):
+        return self.scale * self.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+"""
+STRANGER = """
+import sys
+class NoLlmnorm:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("llmnorm", "my_norms"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoLlmnorm())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+expected = load_file(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
+model.save_pretrained(sys.argv[1] + "-again")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
+torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"])
+"""
+
+
+@pytest.fixture
+def foreign_model(tmp_path, monkeypatch):
+    """Build a model of a norm whose file has the given extra lines."""
+
+    def build(extra: str = ""):
+        (tmp_path / "my_norms.py").write_text(NORM.format(extra=extra))
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.import_module("my_norms")
+        return build_model(build_config(SHAPE, norm="half_rms", placement="lns"), seed=1)
+
+    yield build
+    operations.OPERATIONS.pop("half_rms", None)
+    operations._NORMS.remove("half_rms")
+    sys.modules.pop("my_norms", None)
+
+
+def test_a_foreign_norm_loads_where_its_package_is_missing(foreign_model, tmp_path):
+    model, ids = foreign_model(), tokens()
+    model.save_pretrained(tmp_path / "saved")
+    save_file({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "expected.safetensors")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    done = subprocess.run(
+        [sys.executable, "stranger.py", "saved", "expected.safetensors"],
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.fast
+def test_a_foreign_norm_that_needs_llmnorm_is_refused_before_anything_is_written(
+    foreign_model, tmp_path
+):
+    model = foreign_model("import llmnorm.build")
+    with pytest.raises(ValueError, match=r"my_norms.py: HalfRMS must travel"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.fast
+def test_a_foreign_norm_takes_part_in_schemes_like_any_other(foreign_model):
+    model = foreign_model()
+    torch.testing.assert_close(model.model.layers[3].attn_residual.pre.scale, 4**-0.5)
+    assert "half_rms" in operations.list_norms()
