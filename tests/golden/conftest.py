@@ -1,0 +1,82 @@
+"""The option `--golden DIR`, the shared package `goldens`, and the count at the end."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from goldens.cases import NotImplementedCaseError, read_manifests  # noqa: E402 (needs the path above)
+
+_CASES = "golden case"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", default=None, metavar="DIR", help="folder of golden vectors to compare with"
+    )
+
+
+def golden_folder(config: pytest.Config) -> Path:
+    chosen = config.getoption("--golden", default=None)
+    return Path(chosen).resolve() if chosen else HERE / "data"
+
+
+@pytest.fixture(scope="session")
+def manifests(request: pytest.FixtureRequest) -> list:
+    return read_manifests(golden_folder(request.config))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test module names its cases: `golden_cases(manifests) -> list[Case]`."""
+    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "golden_cases"):
+        folder = golden_folder(metafunc.config)
+        if not folder.is_dir():
+            raise pytest.UsageError(f"--golden {folder}: no such folder")
+        cases = metafunc.module.golden_cases(read_manifests(folder))
+        metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if case is not None and HERE in item.path.parents:
+            item.user_properties.append((_CASES, case.id))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A case that llmnorm cannot express yet is skipped by name, never passed."""
+    try:
+        return (yield)
+    except NotImplementedCaseError as reason:
+        pytest.skip(f"not implemented: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what was compared and list what is not implemented, by file and reason."""
+    compared, missing = 0, defaultdict(list)
+    for report in _reports(terminalreporter, "passed") + _reports(terminalreporter, "failed"):
+        compared += any(key == _CASES for key, _ in report.user_properties)
+    for report in _reports(terminalreporter, "skipped"):
+        for key, case in report.user_properties:
+            if key == _CASES:
+                file, _, name = case.partition("::")
+                reason = str(report.longrepr[2]).partition("not implemented: ")[2]
+                missing[file, reason].append(name)
+    if not compared and not missing:
+        return
+    terminalreporter.section("golden vectors")
+    count = sum(len(names) for names in missing.values())
+    terminalreporter.line(f"{compared} comparisons run, {count} cases not implemented")
+    for (file, reason), names in sorted(missing.items()):
+        terminalreporter.line(f"  not implemented: {file} ({reason}): {', '.join(names)}")
+
+
+def _reports(terminalreporter: pytest.TerminalReporter, outcome: str) -> list[pytest.TestReport]:
+    reports = terminalreporter.stats.get(outcome, [])
+    return [report for report in reports if hasattr(report, "user_properties")]
