@@ -66,8 +66,11 @@ def check_build(key: str, value: Any, earlier: Mapping[str, Any]) -> None:
     with _without_warnings():
         try:
             llmnorm.build.build_config(**build_arguments(**parts))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(re.sub(r"\s+", " ", str(error))) from None
+        except Exception as error:  # a value of a wrong kind may fail anywhere in transformers
+            kind = type(error).__name__
+            raise ValueError(f"no model can be built from this ({kind}: {error})") from None
 
 
 def build_arguments(
@@ -91,8 +94,9 @@ def _check_name(value: str, known: list[str], kind: str) -> str:
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
-    if "base" in overrides:
-        raise ValueError("base has its own key: model.preset")
+    for name, key in (("base", "preset"), ("norm", "norm"), ("placement", "placement")):
+        if name in overrides:
+            raise ValueError(f"{name} has its own key: model.{key}")
     for name, limit in _LIMITS.items():
         value = overrides.get(name)
         if isinstance(value, int) and value > limit:

@@ -61,8 +61,9 @@ class _Draft:
     def read_file(self, path: Path) -> None:
         self.source = str(path)
         try:
-            raw = path.open("rb").read(MAX_BYTES + 1)
-            document = read_document(raw.decode("utf-8-sig"), self.source)
+            with path.open("rb") as file:
+                text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
+            document = read_document(text, self.source)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
         except ConfigError as error:
@@ -158,10 +159,9 @@ class _Draft:
     def origin(self, path: KeyPath, text: str) -> str:
         """Where `path` was given: a key under it that `text` names, else itself, else above it."""
         under = {k: o for k, o in self.origins.items() if k[: len(path)] == path and k != path}
+        named = text.removeprefix(key_name(path)).partition(";")[0]
         for key, origin in under.items():
-            if re.search(
-                rf"(?<!\w){re.escape(str(key[-1]))}(?!\w)", text.removeprefix(key_name(path))
-            ):
+            if re.search(rf"(?<!\w){re.escape(str(key[-1]))}(?!\w)", named):
                 return origin
         for depth in range(len(path), 0, -1):
             if path[:depth] in self.origins:

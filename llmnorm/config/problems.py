@@ -66,7 +66,8 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "value_error":
         found = "" if seen is None or isinstance(seen, dict) else f", found {show(seen)}"
         return f"{key_name(path)}: {context['error']}{found}"
-    expected = _EXPECTED.get(kind, error["msg"]).format(**context)
+    bounds = {name: f"{v:g}" if isinstance(v, float) else v for name, v in context.items()}
+    expected = _EXPECTED.get(kind, error["msg"]).format(**bounds)
     return f"{key_name(path)}: expected {expected}, found {show(seen)}"
 
 
