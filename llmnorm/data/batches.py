@@ -35,8 +35,9 @@ class GlobalBatches:
         eos_token_id: where a document begins.
         rank: this process, of ``world``.
         world: number of processes.
-        document_mask: add ``position_ids`` that restart at every document; transformers then keeps
-            attention inside documents.
+        document_mask: add ``position_ids`` that restart at every document. A transformers model
+            then keeps attention inside documents, but only without a cache and without an
+            attention mask: call it with ``use_cache=False``.
         num_workers: processes that prefetch in `iterate`; 0 reads in this one.
 
     Raises:

@@ -36,6 +36,7 @@ from .shards import SplitWriter
 from .sources import Document, Source
 from .splitting import assign_splits, split_rule
 from .tokenizer import (
+    TRAINING_BYTES,
     Encoder,
     check_ids,
     load_tokenizer,
@@ -43,11 +44,20 @@ from .tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from .workspace import SPLITS, Progress, Workspace, refuse_other_request, write_atomically
+from .workspace import (
+    SPLITS,
+    Progress,
+    Workspace,
+    refuse_other_request,
+    sync,
+    tidy_after_publishing,
+    write_atomically,
+)
 
 DEFAULT_VOCAB_SIZE = 4096
 _BATCH_SIZE = 1 << 21  # characters (or tokens of a tokenized source) in a batch
 _BATCH_DOCUMENTS = 1 << 14
+_BYTES_PER_TOKEN = 8  # of text; more than tokens have, so that a budget's text is trained on
 _COMMIT_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
@@ -103,6 +113,7 @@ def prepare(
         raise ConfigError(f"--source {source.kind} holds token ids: give their --tokenizer")
     request = _request(source, options, given)
     if _finished(out, request):
+        tidy_after_publishing(out)
         logger.warning("%s is prepared already, from the same input and options", out)
         return open_prepared(out)
     with Workspace(out, request, restart) as work:
@@ -141,10 +152,17 @@ def _tokenizer(
     if work.progress is not None:  # the first commit comes after the tokenizer is saved
         return saved_tokenizer(work.folder)
     tokenizer = given or train_tokenizer(
-        _training_texts(source, options), options.vocab_size or DEFAULT_VOCAB_SIZE
+        _training_texts(source, options),
+        options.vocab_size or DEFAULT_VOCAB_SIZE,
+        min(TRAINING_BYTES, (options.max_tokens or TRAINING_BYTES) * _BYTES_PER_TOKEN),
     )
     tokenizer.save_pretrained(work.folder)
-    work.commit(Progress())
+    saved = [path for path in sorted(work.folder.rglob("*")) if path.is_file()]
+    for path in saved:
+        sync(path)
+    names = [path.relative_to(work.folder).as_posix() for path in saved]
+    work.progress = Progress(tokenizer_files=names)
+    work.commit(work.progress)
     return tokenizer
 
 
@@ -160,7 +178,8 @@ def _training_texts(source: Source, options: PrepareOptions) -> Iterator[str]:
 def _write_tokens(
     work: Workspace, source: Source, options: PrepareOptions, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    progress = work.progress or Progress()
+    progress = work.progress
+    assert progress is not None
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     eos_token_id = int(tokenizer.eos_token_id)
     writers = {
@@ -281,7 +300,6 @@ def _manifest(
             for field in ("tokens", "documents", "utf8_bytes")
         }
         splits[name] = SplitEntry(shards=tuple(shards), **totals)
-    names = sorted(path.name for path in work.folder.glob("*.*") if path.name != MANIFEST_NAME)
     return Manifest(
         corpus=source.corpus,
         request=work.request,
@@ -292,7 +310,7 @@ def _manifest(
             vocab_size=len(tokenizer),
             eos_token=str(tokenizer.eos_token),
             eos_token_id=int(tokenizer.eos_token_id),
-            files=tuple(file_entry(work.folder, name) for name in names),
+            files=tuple(file_entry(work.folder, name) for name in progress.tokenizer_files),
         ),
         skipped_documents=progress.skipped,
         splits=splits,

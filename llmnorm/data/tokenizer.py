@@ -25,13 +25,16 @@ TRAINING_BYTES = 1 << 28  # text beyond this changes a vocabulary little and cos
 logger = logging.getLogger(__name__)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_bytes: int = TRAINING_BYTES
+) -> PreTrainedTokenizerFast:
     """Train byte-level BPE, as GPT-2's: any text is encoded and decoded without loss.
 
     Args:
-        texts: documents; the first `TRAINING_BYTES` of them are used.
+        texts: documents.
         vocab_size: entries including end-of-text, which is id 0. Text too small for so many
             merges gives fewer, with a notice.
+        max_bytes: the documents that begin in this many bytes of text are used.
 
     Raises:
         ConfigError: ``vocab_size`` is below 257.
@@ -50,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(_first_bytes(texts, max_bytes), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         logger.warning("the text is too small for %d tokens; vocabulary: %d", vocab_size, size)
     return PreTrainedTokenizerFast(

@@ -25,6 +25,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "val")
 class Progress(BaseModel):
     """How far a preparation has come; `consumed` counts documents taken from the source."""
 
+    tokenizer_files: list[str]
     consumed: int = 0
     skipped: int = 0  # documents without text or without tokens
     filled: int = 0  # documents with text
@@ -53,7 +54,7 @@ class Workspace:
 
     def __init__(self, out: Path, request: dict[str, Any], restart: bool) -> None:
         self.out = out
-        self.root = out.parent / f".{out.name}.partial"
+        self.root = _root(out)
         self.folder = self.root / "folder"
         self.request = request
         self.restart = restart
@@ -65,20 +66,12 @@ class Workspace:
             self._lock = os.open(self.root, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{self.out} cannot be made: {error}") from None
-        self._take_lock()
-        if self.restart:
-            for path in (self.root / "state.json", self.folder):
-                remove(path)
-        state = self._read_state()
-        if state is None:
-            remove(self.folder)
-            self.folder.mkdir()
-            self._write_state(_State(request=self.request))
-        else:
-            refuse_other_request(
-                self.root, state.request, self.request, "pass --restart to drop it"
-            )
-        self.progress = state.progress if state else None
+        try:
+            self._take_lock()
+            self.progress = self._begin()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(
@@ -105,6 +98,21 @@ class Workspace:
         sync(self.out.parent)
         remove(self.root)
 
+    def _begin(self) -> Progress | None:
+        """Continue what is there, or begin; None when no tokenizer is ready yet."""
+        if self.restart:
+            remove(self.root / "state.json")
+        state = self._read_state()
+        if state is not None:
+            advice = "pass --restart to drop it"
+            refuse_other_request(self.root, state.request, self.request, advice)
+            if state.progress is not None:
+                return state.progress
+        remove(self.folder)
+        self.folder.mkdir()
+        self._write_state(_State(request=self.request))
+        return None
+
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,6 +136,16 @@ class Workspace:
 
     def _write_state(self, state: _State) -> None:
         write_atomically(self.root / "state.json", state.model_dump_json())
+
+
+def _root(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def tidy_after_publishing(out: Path) -> None:
+    """Remove what is left when a process was killed just after giving the folder its name."""
+    if not (_root(out) / "folder").exists():
+        remove(_root(out))
 
 
 def refuse_other_request(

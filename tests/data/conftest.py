@@ -8,10 +8,11 @@ import pytest
 from llmnorm.data import Prepared, PrepareOptions, prepare
 from llmnorm.data.sources import Text
 
-WORDS = (
-    "the norm of a residual stream grows with depth while every branch adds its own part and "
-    "gains déjà-vu naïve 数 🙂 def return self import class"
-).split()
+WORDS = [
+    *("the", "norm", "of", "a", "residual", "stream", "grows", "with", "depth", "while", "every"),
+    *("branch", "adds", "its", "own", "part", "and", "gains", "déjà-vu", "naïve", "数", "🙂"),
+    *("def", "return", "self", "import", "class"),
+]
 
 
 def make_documents(count: int, seed: int = 0, words: int = 40) -> list[str]:
@@ -38,3 +39,12 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
     return prepare(
         Text(text_file, whole_files=False), tmp_path_factory.mktemp("out") / "p", options
     )
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder with its content."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
