@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from llmnorm.config import RunConfig, load_run_config
-from llmnorm.errors import ConfigError, EnvironmentProblem
+from llmnorm.errors import ConfigError, EnvironmentProblem, LlmNormError
 from llmnorm.training.durable import follow_umask, sync_file, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,11 @@ class RunDirectory:
             (self.path / "eval").mkdir(exist_ok=True)
             write_durably(self.config_file, config.to_yaml())
         except OSError as error:
+            self.close()
             raise EnvironmentProblem(f"output.dir={self.path} cannot be used: {error}") from error
+        except LlmNormError:
+            self.close()
+            raise
         return self.final.is_dir()
 
     def _lock(self) -> None:

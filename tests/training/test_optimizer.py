@@ -1,0 +1,156 @@
+"""Who is decayed, who is on which branch, and that two runs of a step agree bit for bit."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llmnorm import build_config, build_model
+from llmnorm.errors import ConfigError
+from llmnorm.training.muon import MuonWithAdamW
+from llmnorm.training.optimizer import describe_groups, make_optimizer, parameter_groups
+
+pytestmark = pytest.mark.fast
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def _settings(name: str = "adamw", **options: Any) -> Any:
+    return SimpleNamespace(
+        name=name, lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8, options=options
+    )
+
+
+def _model(norm: str = "derf", tied: bool = False, **fields: Any) -> Any:
+    return build_model(build_config(SHAPE, norm=norm, tie_word_embeddings=tied, **fields), seed=0)
+
+
+def _with_gradients(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_only_matrices_of_linear_layers_are_decayed() -> None:
+    model = _model(attention_bias=True, embedding="scale")
+    decayed, rest = parameter_groups(model, _settings())
+    assert (decayed.weight_decay, rest.weight_decay) == (0.1, 0.0)
+    assert len(decayed.names) == 2 * 7 + 1
+    assert all(name.endswith("_proj.weight") or name == "lm_head.weight" for name in decayed.names)
+    undecayed = {name.rsplit(".", 1)[-1] for name in rest.names}
+    assert {"alpha", "shift", "bias", "weight"} <= undecayed
+    assert "model.embed_tokens.weight" in rest.names
+    assert "model.embedding_scale.weight" in rest.names
+    assert set(decayed.names) | set(rest.names) == {n for n, _ in model.named_parameters()}
+
+
+def test_a_matrix_shared_by_head_and_embedding_is_decayed_and_said_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = _model(tied=True)
+    with caplog.at_level("INFO"):
+        records = describe_groups(model, _settings())
+    assert "model.embed_tokens.weight" in records[0]["names"]
+    assert records[0]["weight_decay"] == 0.1
+    assert "share one matrix" in caplog.text
+
+
+def test_an_undecayed_parameter_without_gradient_signal_keeps_its_value() -> None:
+    model = _model()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_optimizer(model, _settings()).step()
+    decayed, rest = parameter_groups(model, _settings())
+    after = dict(model.named_parameters())
+    for name in rest.names:
+        assert torch.equal(after[name], before[name]), name
+    for name in decayed.names:
+        torch.testing.assert_close(after[name], before[name] * (1 - 1e-2 * 0.1), msg=name)
+
+
+def test_fused_adamw_is_the_textbook_update_and_repeats_bit_for_bit() -> None:
+    results = []
+    for _ in range(2):
+        model = _with_gradients(_model())
+        optimizer = make_optimizer(model, _settings())
+        assert optimizer.defaults["fused"]
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        results.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    name = "model.layers.0.mlp.up_proj.weight"
+    grad = dict(model.named_parameters())[name].grad
+    by_hand = before[name] * (1 - 1e-3) - 1e-2 * grad / (grad.abs() + 1e-8)
+    torch.testing.assert_close(results[0][name], by_hand, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_muon_takes_every_hidden_matrix_and_adamw_the_rest() -> None:
+    model = _model(norm="rmsnorm")
+    optimizer = make_optimizer(model, _settings("muon"))
+    assert isinstance(optimizer, MuonWithAdamW)
+    norms, ends = 2 * 2 + 1, 2
+    assert optimizer.counts == {"muon": 2 * 7, "adamw": norms + ends}
+    _with_gradients(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    slots = {
+        name: set(optimizer.state[p]) for name, p in model.named_parameters()
+    }
+    assert slots["model.layers.1.self_attn.q_proj.weight"] == {"momentum_buffer"}
+    assert slots["lm_head.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_muon_takes_its_own_learning_rate_and_options() -> None:
+    optimizer = make_optimizer(
+        _model(), _settings("muon", matrix_lr=0.02, momentum=0.9, adjust_lr_fn="original")
+    )
+    muon, *adamw = optimizer.param_groups
+    assert (muon["lr"], muon["momentum"], muon["adjust_lr_fn"]) == (0.02, 0.9, "original")
+    assert {group["lr"] for group in adamw} == {1e-2}
+
+
+def test_muon_state_survives_a_round_trip() -> None:
+    model = _with_gradients(_model())
+    first = make_optimizer(model, _settings("muon"))
+    first.step()
+    second = make_optimizer(model, _settings("muon"))
+    second.load_state_dict(first.state_dict())
+    for parameter, slots in first.state.items():
+        for slot, value in slots.items():
+            assert torch.equal(value, second.state[parameter][slot])
+
+
+def test_a_class_of_another_package_gets_groups_and_options() -> None:
+    optimizer = make_optimizer(
+        _model(), _settings("torch.optim:NAdam", momentum_decay=0.02, decoupled_weight_decay=True)
+    )
+    assert isinstance(optimizer, torch.optim.NAdam)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.defaults["momentum_decay"] == 0.02
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "seen"),
+    [
+        ("torch.optim:Adamm", {}, "Adamm"),
+        ("torch.nothere:Adam", {}, "nothere"),
+        ("adamw", {"betta": 1}, "betta"),
+        ("muon", {"momentum": -1.0}, "momentum"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_by_name(
+    name: str, options: dict[str, Any], seen: str
+) -> None:
+    with pytest.raises(ConfigError, match=seen):
+        make_optimizer(_model(), _settings(name, **options))

@@ -1,0 +1,388 @@
+"""Whole runs: what a run directory holds, and that stopping and continuing changes no number."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from llmnorm.config import RunConfig, load_run_config
+from llmnorm.data import Prepared
+from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
+from llmnorm.training import loop
+from llmnorm.training.checkpoint import verify
+from llmnorm.training.engines.plain import PlainEngine
+from llmnorm.training.loop import Diverged, train
+from llmnorm.training.signals import STOPPED_BY_SIGNAL
+
+from .conftest import NUMBERS, metrics, numbers
+
+Tiny = Callable[..., RunConfig]
+
+
+def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make the run fail after `step` steps, once."""
+    real = loop.Trainer.take_step
+
+    def take_step(self: loop.Trainer, micro_batches: Any) -> Any:
+        if self.step == step:
+            monkeypatch.setattr(loop.Trainer, "take_step", real)
+            raise error
+        return real(self, micro_batches)
+
+    monkeypatch.setattr(loop.Trainer, "take_step", take_step)
+
+
+class Killed(BaseException):
+    """Stands for a kill inside a test's own process."""
+
+
+def test_a_run_directory_holds_what_the_contract_names(tiny: Tiny, data: Prepared) -> None:
+    config = tiny()
+    assert train(config) == 0
+    run = config.output.dir
+    assert load_run_config(run / "config.yaml") == config
+    records = metrics(run)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for record in records:
+        assert set(NUMBERS[:5]) | {"perf/tokens_per_second"} <= set(record)
+        assert record["tokens"] == record["step"] * 6 * 32
+        assert ("val/loss" in record) == (record["step"] in (4, 8, 12))
+    assert records[-1]["train/loss"] < records[0]["train/loss"] - 1
+    facts = json.loads((run / "environment.json").read_text())
+    assert facts["data"]["fingerprint"] == data.fingerprint
+    assert facts["parameters"]["total"] > facts["parameters"]["non_embedding"] > 0
+    assert facts["precision"]["name"] == "fp32"
+    assert [group["weight_decay"] for group in facts["optimizer"]] == [0.1, 0.0]
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == ["step_00000009", "step_00000012"]
+
+
+def test_the_final_folder_loads_with_its_tokenizer_and_scores_as_in_training(
+    tiny: Tiny, data: Prepared
+) -> None:
+    from transformers import AutoTokenizer
+
+    from llmnorm.evaluation.perplexity import score_documents
+
+    config = tiny(training__max_steps=4)
+    train(config)
+    final = config.output.dir / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    score = score_documents(
+        model,
+        data.split("val").documents_for_scoring(4),
+        eos_token_id=data.eos_token_id,
+        seq_len=32,
+    )
+    assert score.loss == pytest.approx(metrics(config.output.dir)[-1]["val/loss"], rel=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert len(tokenizer) == model.config.vocab_size == data.vocab_size
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_one_others(tiny: Tiny) -> None:
+    runs = [tiny("one"), tiny("two"), tiny("three", training__seed=1)]
+    for config in runs:
+        train(config)
+    one, two, three = (numbers(config.output.dir) for config in runs)
+    assert one == two
+    assert one[0]["train/loss"] != three[0]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer__name": "muon"},
+        {"optimizer__name": "torch.optim:NAdam"},
+        {"training__precision": "bf16"},
+        {"model__norm__op": "derf", "training__micro_batch_size": 4},
+        {"training__activation_checkpointing": True, "data__document_mask": True},
+    ],
+    ids=["adamw", "muon", "another_class", "bf16", "derf_accumulated", "checkpointed_masked"],
+)
+def test_a_stopped_run_continues_bit_for_bit(
+    changes: dict[str, Any], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped = tiny("straight", **changes), tiny("stopped", **changes)
+    train(straight)
+    _stop_after(8, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(stopped)
+    assert len(metrics(stopped.output.dir)) == 8
+    assert train(stopped) == 0
+    assert numbers(stopped.output.dir) == numbers(straight.output.dir)
+    last = "checkpoints/step_00000012"
+    hashes = [verify(c.output.dir / last)["files"] for c in (straight, stopped)]
+    assert hashes[0] == hashes[1]
+
+
+def test_saving_logging_and_validating_change_no_number(tiny: Tiny) -> None:
+    often = tiny("often", checkpoint__interval_steps=1, eval__interval_steps=1)
+    never = tiny("never", checkpoint__interval_steps=0, eval__interval_steps=0)
+    for config in (often, never):
+        train(config)
+    keys = NUMBERS[:5]
+    left, right = (
+        [[r[key] for key in keys] for r in metrics(c.output.dir)] for c in (often, never)
+    )
+    assert left == right
+
+
+def test_prefetching_workers_change_no_number(tiny: Tiny) -> None:
+    inline, workers = tiny("inline"), tiny("workers", data__num_workers=2)
+    for config in (inline, workers):
+        train(config)
+    assert numbers(inline.output.dir) == numbers(workers.output.dir)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_and_a_partial_line_dropped(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    _stop_after(5, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(config)
+    with open(config.output.dir / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 6, "tok')
+    _stop_after(4, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(config)
+    assert [record["step"] for record in metrics(config.output.dir)] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(training__max_steps=2)
+    train(config)
+    before = {p: p.stat().st_mtime_ns for p in config.output.dir.rglob("*.json*")}
+    with caplog.at_level("INFO"):
+        assert train(config) == 0
+    assert "is finished" in caplog.text
+    assert before == {p: p.stat().st_mtime_ns for p in config.output.dir.rglob("*.json*")}
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(tiny: Tiny) -> None:
+    train(tiny(training__max_steps=2))
+    other = tiny(training__max_steps=2, optimizer__lr=0.02, model__norm__op="layernorm")
+    with pytest.raises(ConfigError, match=r"model\.norm\.op: .*optimizer\.lr: 0.01 became 0.02"):
+        train(other)
+    free = tiny(training__max_steps=2, checkpoint__keep=5, log__interval_steps=1)
+    assert train(free) == 0
+
+
+def test_never_refuses_a_directory_that_holds_a_run(tiny: Tiny) -> None:
+    assert train(tiny(training__max_steps=2, checkpoint__resume="never")) == 0
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume is never"):
+        train(tiny(training__max_steps=2, checkpoint__resume="never"))
+
+
+def test_files_of_others_with_our_names_are_refused(tiny: Tiny) -> None:
+    config = tiny()
+    (config.output.dir / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        train(config)
+
+
+def test_a_path_continues_another_run_in_a_new_directory(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny("first")
+    train(first)
+    middle = first.output.dir / "checkpoints" / "step_00000009"
+    second = tiny("second", checkpoint__resume=str(middle))
+    train(second)
+    assert numbers(second.output.dir) == numbers(first.output.dir)[9:]
+
+
+def test_all_checkpoints_damaged_is_an_error_and_not_a_new_start(tiny: Tiny) -> None:
+    config = tiny(training__max_steps=6)
+    train(config)
+    (config.output.dir / "final").rename(config.output.dir.parent / "away")
+    for folder in (config.output.dir / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    before = (config.output.dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="verifies"):
+        train(config)
+    assert (config.output.dir / "metrics.jsonl").read_bytes() == before
+    assert json.loads((config.output.dir / "exit.json").read_text())["code"] == 5
+
+
+def test_two_runs_cannot_share_a_directory(tiny: Tiny) -> None:
+    config = tiny()
+    config.output.dir.mkdir(parents=True)
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # another process holds the lock: POSIX locks belong to processes
+        import fcntl
+
+        handle = open(config.output.dir / ".lock", "a")  # noqa: SIM115 (held until the exit)
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        with pytest.raises(EnvironmentProblem, match="in use by another run"):
+            train(config)
+    finally:
+        os.write(done[1], b"x")
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_at_the_step_boundary_and_the_run_continues_bit_for_bit(
+    number: signal.Signals, tiny: Tiny
+) -> None:
+    config = tiny(f"{number.name}", training__max_steps=400, checkpoint__interval_steps=0)
+    metrics_file = config.output.dir / "metrics.jsonl"
+
+    def ask() -> None:
+        while not metrics_file.is_file() or len(metrics_file.read_bytes().splitlines()) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    before = signal.getsignal(number)
+    assert train(config) == STOPPED_BY_SIGNAL
+    asking.join()
+    assert signal.getsignal(number) is before
+    stopped_at = metrics(config.output.dir)[-1]["step"]
+    assert 3 <= stopped_at < 100
+    verify(config.output.dir / "checkpoints" / f"step_{stopped_at:08d}")
+    leaving = json.loads((config.output.dir / "exit.json").read_text())
+    assert (leaving["code"], leaving["step"]) == (75, stopped_at)
+    assert number.name in leaving["cause"]
+
+
+def _poison(steps: set[int], monkeypatch: pytest.MonkeyPatch, value: float) -> list[bool]:
+    """Put `value` into one gradient element at these (0-based) steps; record what stayed equal."""
+    real = PlainEngine.clip_and_step
+    unchanged: list[bool] = []
+    calls = iter(range(10_000))
+
+    def clip_and_step(self: PlainEngine, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) not in steps:
+            return real(self, *args, **kwargs)
+        next(iter(self.parameters.values())).grad.view(-1)[3] = value
+        before = [piece.tensor.clone() for piece in self.pieces()]
+        result = real(self, *args, **kwargs)
+        after = [piece.tensor for piece in self.pieces()]
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        unchanged.append(same and not result.applied)
+        return result
+
+    monkeypatch.setattr(PlainEngine, "clip_and_step", clip_and_step)
+    return unchanged
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_with_a_bad_gradient_is_skipped_with_state_untouched(
+    value: float, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unchanged = _poison({0, 5, 11}, monkeypatch, value)
+    config = tiny()
+    assert train(config) == 0
+    assert unchanged == [True] * 3
+    text = (config.output.dir / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert [record["skipped_steps"] for record in metrics(config.output.dir)] == [
+        *[1] * 5,
+        *[2] * 6,
+        3,
+    ]
+
+
+def test_five_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison({3, 5, 6, 7, 8, 9}, monkeypatch, math.nan)
+    config = tiny()
+    with pytest.raises(Diverged, match="5 steps in a row up to step 10.*step_00000009"):
+        train(config)
+    assert json.loads((config.output.dir / "exit.json").read_text())["code"] == 6
+
+
+def test_the_vocabulary_is_the_datas_unless_a_larger_one_is_given(
+    tiny: Tiny, data: Prepared
+) -> None:
+    overrides = yaml.safe_load(tiny().to_yaml())["model"]["overrides"]
+    larger = {**overrides, "vocab_size": data.vocab_size + 28}
+    config = tiny("larger", training__max_steps=1, model__overrides=larger)
+    train(config)
+    model = AutoModelForCausalLM.from_pretrained(config.output.dir / "final")
+    assert model.get_input_embeddings().weight.shape[0] == data.vocab_size + 28
+    smaller = {**overrides, "vocab_size": data.vocab_size - 1}
+    with pytest.raises(ConfigError, match="smaller than the data's vocabulary"):
+        train(tiny("smaller", model__overrides=smaller))
+
+
+def test_a_run_may_start_from_the_weights_of_another(tiny: Tiny) -> None:
+    first = tiny("first")
+    train(first)
+    final = str(first.output.dir / "final")
+    second = tiny("second", training__init_from=final)
+    train(second)
+    assert metrics(second.output.dir)[0]["train/loss"] < metrics(first.output.dir)[3]["train/loss"]
+    overrides = yaml.safe_load(first.to_yaml())["model"]["overrides"]
+    wider = tiny(
+        "wider", training__init_from=final, model__overrides={**overrides, "intermediate_size": 96}
+    )
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight is \(32, 64\)"):
+        train(wider)
+    other = tiny("other", training__init_from=final, model__norm__op="derf")
+    with pytest.raises(CheckpointError, match="alpha is missing"):
+        train(other)
+
+
+def test_max_tokens_ends_the_run_and_sets_the_schedule(tiny: Tiny) -> None:
+    config = tiny(training__max_tokens=5 * 6 * 32 + 7, schedule__final_lr_fraction=0.0)
+    train(config)
+    records = metrics(config.output.dir)
+    assert len(records) == 5
+    assert records[-1]["lr"] == 0.0
+
+
+def test_a_precision_chosen_once_is_kept(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(training__precision="auto")
+    monkeypatch.setattr("llmnorm.training.precision._time_both", lambda *_: (2.0, 1.0))
+    _stop_after(5, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.setattr("llmnorm.training.precision._time_both", lambda *_: (1.0, 2.0))
+    train(config)
+    facts = json.loads((config.output.dir / "environment.json").read_text())
+    assert facts["precision"]["name"] == "bf16"
+    assert len(facts["restarts"]) == 1
+    state = config.output.dir / "checkpoints" / "step_00000012" / "state.json"
+    assert json.loads(state.read_text())["precision"] == "bf16"
+
+
+def test_other_data_under_the_same_path_is_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    _stop_after(2, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(config)
+    facts: Path = config.output.dir / "environment.json"
+    record = json.loads(facts.read_text())
+    record["data"]["fingerprint"] = "0" * 64
+    facts.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="fingerprint 000000000000"):
+        train(config)
