@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {where}: {first['msg']}; prepare the data again") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error}); prepare the data again") from None
     if checksum != _checksum(content):
         raise DataError(

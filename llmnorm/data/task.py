@@ -60,14 +60,11 @@ import datasets
 def load(data_files, **_):
     """Read {split: file name} beside this file into {split: Dataset}."""
     folder = Path(__file__).resolve().parent
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_list(
-                [json.loads(line) for line in (folder / name).open(encoding="utf-8")]
-            )
-            for split, name in data_files.items()
-        }
-    )
+    splits = {}
+    for split, name in data_files.items():
+        with (folder / name).open(encoding="utf-8") as rows:
+            splits[split] = datasets.Dataset.from_list([json.loads(row) for row in rows])
+    return datasets.DatasetDict(splits)
 '''
 
 
