@@ -68,7 +68,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.variant]
+        return DTYPES[self.variant or "f64"]
 
     @property
     def prefix(self) -> str:

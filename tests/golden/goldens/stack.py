@@ -16,7 +16,7 @@ from torch.func import functional_call
 from llmnorm import LlmNormConfig, LlmNormForCausalLM, build_model
 from llmnorm.modeling.modeling_llmnorm import causal_lm_loss
 
-from .cases import Case, Map
+from .cases import Case, Map, matching
 
 Reference = Mapping[str, Tensor]
 
@@ -28,8 +28,9 @@ class Stack:
     config: LlmNormConfig
     to_ours: Map
     """From the reference's tensors to the state dict of our causal model, without gaps."""
-    embed: Callable[[Reference, Tensor], Tensor] | None = None
-    """From the reference's tensors and token ids to embeddings, where positions are learned."""
+    embed: Callable[[Tensor, Reference, Tensor], Tensor] | None = None
+    """From our embedding table, the reference's tensors and token ids to embeddings, where
+    positions are learned."""
     head_bias: str | None = None
     """The reference's name of a bias on the logits, which our head does not have."""
     blocks_per_layer: int = 1
@@ -74,9 +75,7 @@ def rewire(
 def reference_of(case: Case, prefix: str = "sd.") -> dict[str, Tensor]:
     """The reference's tensors that the case uses, in its precision, as leaves of the graph."""
     data = case.manifest.tensors()
-    names = case.fields.get("params") or [
-        name.removeprefix(prefix) for name in data if name.startswith(prefix)
-    ]
+    names = case.fields.get("params") or [name for _, name in matching(set(data), prefix)]
     return {name: data[prefix + name].to(case.dtype).requires_grad_() for name in names}
 
 
@@ -94,14 +93,24 @@ def run(
     inputs: Mapping[str, Tensor],
 ) -> Outcome:
     """One forward of our model with the reference's weights; `inputs` holds input_ids, or x, dy."""
-    state = stack.to_ours(reference)
+    return run_state(stack, model, stack.to_ours(reference), reference, inputs)
+
+
+def run_state(
+    stack: Stack,
+    model: LlmNormForCausalLM,
+    state: Mapping[str, Tensor],
+    reference: Reference,
+    inputs: Mapping[str, Tensor],
+) -> Outcome:
+    """One forward of our model with `state`; `reference` gives what our model has no place for."""
     check_state(model, state)
     hidden: dict[int, Tensor] = {}
     hooks = [_watch_input(model.model.layers[0], hidden)]
     hooks += [_watch_output(layer, hidden, i) for i, layer in enumerate(model.model.layers, 1)]
     try:
-        arguments = {**_arguments(stack, reference, inputs), "use_cache": False}
-        logits = functional_call(model, state, (), arguments, strict=True).logits
+        arguments = _arguments(stack, state, reference, inputs)
+        logits = functional_call(model, dict(state), (), arguments, strict=True).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,13 +125,15 @@ def run(
 
 
 def _arguments(
-    stack: Stack, reference: Reference, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+    stack: Stack, state: Mapping[str, Tensor], reference: Reference, inputs: Mapping[str, Tensor]
+) -> dict[str, Any]:
     if stack.time_first:
-        return {"inputs_embeds": inputs["x"].transpose(0, 1)}
+        return {"inputs_embeds": inputs["x"].transpose(0, 1), "use_cache": False}
     if stack.embed is not None:
-        return {"inputs_embeds": stack.embed(reference, inputs["input_ids"])}
-    return {"input_ids": inputs["input_ids"]}
+        table = state["model.embed_tokens.weight"]
+        x = stack.embed(table, reference, inputs["input_ids"])
+        return {"inputs_embeds": x, "use_cache": False}
+    return {"input_ids": inputs["input_ids"], "use_cache": False}
 
 
 def _watch_input(layer: nn.Module, hidden: dict[int, Tensor]) -> Any:

@@ -54,8 +54,8 @@ def adapt(case: Case) -> Stack:
             state |= _layer(reference, f"model.layers.{i}", f"transformer.h.{i}", heads)
         return state
 
-    def embed(reference: Reference, ids: Tensor) -> Tensor:
-        return add_positions(reference, "transformer.wte.weight", "transformer.wpe.weight", ids)
+    def embed(tokens: Tensor, reference: Reference, ids: Tensor) -> Tensor:
+        return add_positions(tokens, reference["transformer.wpe.weight"], ids)
 
     return Stack(config=config, to_ours=to_ours, embed=embed)
 

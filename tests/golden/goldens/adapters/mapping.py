@@ -54,7 +54,6 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_type": "default"}
 
 
-def add_positions(reference: Reference, tokens: str, positions: str, ids: Tensor) -> Tensor:
+def add_positions(tokens: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
     """Token plus learned position embeddings, (batch, seq, hidden)."""
-    table = reference[positions][: ids.shape[1]]
-    return torch.nn.functional.embedding(ids, reference[tokens]) + table
+    return torch.nn.functional.embedding(ids, tokens) + positions[: ids.shape[1]]

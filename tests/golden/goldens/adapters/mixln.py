@@ -68,7 +68,7 @@ def _wiring(
     def built(placement: Any) -> LlmNormConfig:
         return build_config(shape, norm=norm, placement=placement, **overrides)
 
-    if kind in ("pre", "scale_pre"):
+    if kind == "pre":
         return built("pre_ln"), [PRE] * depth
     if kind.lower() in ("lns", "cod"):
         return built("lns"), [PRE] * depth

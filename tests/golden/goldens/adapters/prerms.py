@@ -41,8 +41,8 @@ def adapt(case: Case) -> Stack:
             state |= {name: _centred(name, value, recentred) for name, value in layer.items()}
         return state
 
-    def embed(reference: Reference, ids: Tensor) -> Tensor:
-        x = add_positions(reference, "wte.weight", "wpe.weight", ids)
+    def embed(tokens: Tensor, reference: Reference, ids: Tensor) -> Tensor:
+        x = add_positions(tokens, reference["wpe.weight"], ids)
         return x - x.mean(-1, keepdim=True) if recentred else x
 
     return Stack(
