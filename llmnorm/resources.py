@@ -4,6 +4,7 @@ In a checkout they stand at the repository's root; the wheel carries them in `ll
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def config_file(name: str) -> Path:
     Raises:
         ConfigError: when neither a file nor a recipe has this name.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return Path(path)
     recipe = name.removeprefix("configs/").removesuffix(".yaml")
     if recipe in list_recipes():
         return _root() / "configs" / f"{recipe}.yaml"

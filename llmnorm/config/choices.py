@@ -1,6 +1,7 @@
 """Ask the model code whether the names, options and fields of a run file's model section exist."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,16 +27,17 @@ def preset_path(preset: str) -> Path:
     Raises:
         ConfigError: when it is neither.
     """
-    folder = Path(preset).expanduser()
-    return folder if folder.is_dir() else preset_folder(preset)
+    folder = os.path.expanduser(preset)
+    return Path(folder) if os.path.isdir(folder) else preset_folder(preset)
 
 
 def check_preset(value: str) -> str:
     """Return `value` when it names a preset or a folder with config.json, else raise ValueError."""
-    folder = Path(value).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError("this folder has no config.json")
-    if not folder.is_dir() and value not in list_presets():
+    folder = os.path.expanduser(value)
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise ValueError("this folder has no config.json")
+    elif value not in list_presets():
         raise ValueError(f"neither a preset nor a folder{suggest(value, list_presets())}")
     return value
 

@@ -8,6 +8,7 @@ scheme registry (names and options of norms and placements) is asked of `choices
 import hashlib
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,9 @@ def _path(value: object) -> Path:
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("expected a path")
-    return Path(value).expanduser()
+    if len(os.fsencode(value)) > 4096 or any(len(os.fsencode(p)) > 255 for p in value.split("/")):
+        raise ValueError("longer than any path can be")
+    return Path(os.path.expanduser(value))
 
 
 def _count_or_fraction(value: object) -> int | float:
@@ -239,9 +242,9 @@ class CheckpointSection(Section):
     def _there(cls, value: str) -> str:
         if value in ("auto", "never"):
             return value
-        if not Path(value).expanduser().is_dir():
+        if not os.path.isdir(os.path.expanduser(value)):
             raise ValueError("expected auto, never or the folder of a checkpoint that exists")
-        return str(Path(value).expanduser())
+        return os.path.expanduser(value)
 
 
 class LogSection(Section):
