@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -24,6 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden_folder(config: pytest.Config) -> Path:
     chosen = config.getoption("--golden", default=None)
     return Path(chosen).resolve() if chosen else HERE / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Generator[None, None, None]:
+    """Tensors here are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
