@@ -64,7 +64,7 @@ def config_file(name: str) -> Path:
     if recipe in list_recipes():
         return _root() / "configs" / f"{recipe}.yaml"
     hint = suggest(recipe, list_recipes())
-    raise ConfigError(f"no run file is named {name!r:.200}{hint}; give a path or a recipe's name")
+    raise ConfigError(f"{name!r:.200} is neither a file nor the name of a recipe{hint}")
 
 
 def _size(name: str) -> tuple[float, str]:

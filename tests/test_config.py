@@ -262,7 +262,7 @@ def test_a_file_that_is_not_utf8_or_is_a_folder_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in errors(path)[0]
-    assert "no run file" in errors(tmp_path)[0]
+    assert "neither a file nor the name of a recipe" in errors(tmp_path)[0]
 
 
 @pytest.mark.parametrize(
