@@ -207,12 +207,9 @@ def test_a_script_hands_its_words_to_a_command():
     }
 
 
-def python(code: str, **options) -> subprocess.Popen[str]:
-    words = (
-        [sys.executable, *code.split()] if code.startswith("-m") else [sys.executable, "-c", code]
-    )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, **(pipes | options))
+def python(*words: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True)
 
 
 def test_python_m_llmnorm_is_the_command():
