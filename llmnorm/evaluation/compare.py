@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from llmnorm.evaluation.records import to_json
@@ -21,8 +22,9 @@ CAVEAT = (
 )
 ABSENT = "-"
 
+# Keys that change no number, the scheme's own, and precision, of which the decision counts.
 _FREE = ("output.", "log.", "checkpoint.", "eval.", "data.path", "data.num_workers", "model.norm.",
-         "model.placement.")  # fmt: skip
+         "model.placement.", "training.precision")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,14 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def rich_table(comparison: Comparison) -> Table:
-    """The table for a terminal, without the notes."""
+def show(comparison: Comparison, console: Console) -> None:
+    """Print table and notes to a terminal."""
+    console.print(_rich_table(comparison))
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _rich_table(comparison: Comparison) -> Table:
     table = Table(header_style="bold")
     for column in comparison.columns:
         text = column in ("scheme", "run")
@@ -140,6 +148,9 @@ def _facts(run: Run) -> dict[str, Any]:
         **{f"the {key} of the perplexity": score.get(key)
            for key in ("split", "tokens", "seq_len", "stride", "dtype")},
         **settings,
+        "the precision of the training": run.environment.get("precision", {}).get("name"),
+        **{f"the {key} of the training": run.environment.get(key)
+           for key in ("device", "threads", "world", "git_commit")},
     }  # fmt: skip
 
 

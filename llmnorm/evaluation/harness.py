@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +19,7 @@ import torch.distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmnorm.errors import ConfigError, DataError, EnvironmentProblem
+from llmnorm.evaluation.quiet import quiet
 
 _FEWSHOT_SEED = 1234  # lm-eval's own default, so that few-shot examples agree with its command line
 
@@ -69,7 +69,7 @@ def score_tasks(
         DataError: a task whose data cannot be read.
     """
     _import_lm_eval()
-    with _quiet():
+    with quiet(), _errors_only():
         tasks = _load_tasks(names, include_path)
         lm = _language_model(model, tokenizer, batch_size, seq_len)
         _share(lm, rank, world)
@@ -238,13 +238,12 @@ def _bos_policy(lm: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's prints off stdout, where the scores go, and its notes for experts silent."""
+def _errors_only() -> Iterator[None]:
+    """Silence lm-eval's warnings, which are notes for the authors of tasks."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         logger.setLevel(level)

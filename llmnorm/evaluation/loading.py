@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.evaluation.quiet import quiet
 
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -165,12 +166,13 @@ def _check_config(source: Source, trust_remote_code: bool) -> None:
 
 def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=_DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                dtype=_DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever the weights' readers raise, the folder is to blame
         raise CheckpointError(
             f"{source.location}: the weights cannot be loaded: {_first_line(error)}"

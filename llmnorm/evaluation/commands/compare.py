@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llmnorm.errors import ConfigError
-from llmnorm.evaluation.compare import as_json, compare, markdown, plain, rich_table
+from llmnorm.evaluation.compare import as_json, compare, markdown, plain, show
 from llmnorm.evaluation.curves import draw_losses
 from llmnorm.evaluation.runs import open_run
 
@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
     texts = {"plain": plain, "markdown": markdown, "json": lambda c: as_json(c) + "\n"}
     form = ("table" if console.is_terminal else "plain") if args.format == "auto" else args.format
     if form == "table":
-        console.print(rich_table(comparison))
-        for note in comparison.notes:
-            console.print(note, highlight=False, markup=False)
+        show(comparison, console)
     else:
         sys.stdout.write(texts[form](comparison))
     if args.plot is not None:

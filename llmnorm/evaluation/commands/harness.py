@@ -9,10 +9,9 @@ from llmnorm.evaluation.commands.shared import (
     load_model,
     positive,
     processes,
-    provenance,
     publish,
 )
-from llmnorm.evaluation.harness import score_tasks
+from llmnorm.evaluation.measure import measure_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,24 +35,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tasks names no task; expected for example --tasks blimp,arc_easy")
     with processes() as process:
         loaded = load_model(args, process.device)
-        scores = score_tasks(
-            loaded.model,
-            loaded.require_tokenizer(),
+        measured = measure_tasks(
+            loaded,
             names,
             include_path=args.include_path,
             limit=args.limit,
+            seq_len=args.seq_len,
             batch_size=args.batch_size,
-            seq_len=args.seq_len or loaded.trained_seq_len,
             rank=process.rank,
             world=process.world,
         )
-        if scores is not None:
-            record = {
-                "tasks": scores.tasks,
-                "groups": scores.groups,
-                **scores.context,
-                **provenance(loaded, "lm_eval", "accelerate", "tokenizers"),
-            }
-            name = "harness-" + ",".join(names)
-            publish(record, process, name=name, run=loaded.source.run, out=args.out)
+        publish(measured, loaded, process, out=args.out)
     return 0

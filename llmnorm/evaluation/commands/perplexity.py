@@ -1,7 +1,6 @@
 """Score a causal language model on documents: exact loss, perplexity, bits per byte."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from llmnorm.evaluation.commands.shared import (
@@ -9,11 +8,9 @@ from llmnorm.evaluation.commands.shared import (
     load_model,
     positive,
     processes,
-    provenance,
     publish,
 )
-from llmnorm.evaluation.documents import open_documents
-from llmnorm.evaluation.perplexity import score_documents
+from llmnorm.evaluation.measure import measure_perplexity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,31 +40,17 @@ def run(args: argparse.Namespace) -> int:
     """Score, and print one JSON."""
     with processes() as process:
         loaded = load_model(args, process.device)
-        data = open_documents(
-            args.data,
+        measured = measure_perplexity(
             loaded,
+            args.data,
             split=args.split,
-            max_documents=args.max_documents,
             text_column=args.text_column,
-        )
-        score = score_documents(
-            loaded.model,
-            data.documents,
-            eos_token_id=data.eos_token_id,
-            seq_len=loaded.seq_len(args.seq_len),
+            max_documents=args.max_documents,
+            seq_len=args.seq_len,
             stride=args.stride,
             batch_size=args.batch_size,
             rank=process.rank,
             world=process.world,
         )
-        record = {
-            **asdict(score),
-            **data.record,
-            "max_documents": args.max_documents,
-            "batch_size": args.batch_size,
-            **provenance(loaded, "accelerate", "tokenizers"),
-        }
-        name = f"perplexity-{args.data.resolve().name}"
-        name += f"-{data.record['split']}" if data.record["split"] else ""
-        publish(record, process, name=name, run=loaded.source.run, out=args.out)
+        publish(measured, loaded, process, out=args.out)
     return 0

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
 from llmnorm.evaluation import records
 from llmnorm.evaluation.loading import DTYPES, Loaded, load
+from llmnorm.evaluation.measure import Measurement
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,9 @@ def processes() -> Iterator[Processes]:
 
 
 def publish(
-    record: records.Record, processes: Processes, *, name: str, run: Path | None, out: Path | None
+    measured: Measurement | None, loaded: Loaded, processes: Processes, *, out: Path | None
 ) -> None:
     """On rank 0, write the record to its file, and to stdout as one JSON."""
-    if processes.rank == 0:
-        records.write(record, name=name, run=run, out=out)
-        processes.stdout.write(records.to_json(record) + "\n")
-
-
-def provenance(loaded: Loaded, *packages: str) -> dict[str, Any]:
-    """What every record says beside its numbers."""
-    return {
-        "model": loaded.source.name,
-        "versions": records.versions(*packages),
-        "device": records.device_name(loaded.model.device),
-    }
+    if processes.rank == 0 and measured is not None:
+        measured.write(loaded, out)
+        processes.stdout.write(records.to_json(measured.record) + "\n")
