@@ -3,7 +3,6 @@
 A stopped quickstart continues. Run-file keys (--training.max_tokens 100000) reach every training.
 """
 
-import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ START = time.perf_counter()
 def stage(title: str, *words: str | Path) -> None:
     """Say what begins and when; run the Python module, and stop if it fails."""
     seconds = time.perf_counter() - START
-    sys.stdout.write(f"\n== [{seconds:4.0f} s] {title}\n{shlex.join(map(str, words))}\n")
+    sys.stdout.write(f"\n== [{seconds:4.0f} s] {title}\n{' '.join(map(str, words))}\n")
     sys.stdout.flush()
     if words and (code := subprocess.call([sys.executable, "-m", *map(str, words)])):
         sys.exit(code)
@@ -38,15 +37,14 @@ def main(overrides: list[str]) -> None:
     """Prepare, train, score in this process, compare, sample."""
     prepare = ["llmnorm", "data", "prepare", "--source", "python-stdlib", "--vocab-size", "4096"]
     stage("Prepare the source of Python's library", *prepare, "--write-task", "--out", DATA)
-    train = ["accelerate.commands.launch", "--num_processes", "1"]
-    train += [] if torch.accelerator.is_available() else ["--cpu"]
-    script = str(Path(__file__).with_name("pretrain.py"))
-    train += [script, "--config", "quickstart", *overrides]
+    train = [str(Path(__file__).with_name("pretrain.py")), "--config", "quickstart", *overrides]
+    device = [] if torch.accelerator.is_available() else ["--cpu"]
+    launch = ["accelerate.commands.launch", "--num_processes", "1", *device]
     runs = [RUNS / scheme for scheme in SCHEMES]
     for run in runs:
         placement, norm = run.name.split("-")
         scheme = ["--model.placement.name", placement, "--model.norm.op", norm]
-        stage(f"Train {placement} + {norm}", *train, *scheme, "--output.dir", run)
+        stage(f"Train {placement} + {norm}", *launch, *train, *scheme, "--output.dir", run)
         if run == runs[0]:  # the precision that was measured faster here is taken for all
             train += ["--training.precision", open_run(run).environment["precision"]["name"]]
     stage("Score: perplexity, and which of four texts goes on after this one?")
