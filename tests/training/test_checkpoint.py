@@ -113,7 +113,7 @@ def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path: Path) -> None:
     folders = _save(checkpoints, 1, 2)
     for folder in folders:
         (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* verifies"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies"):
         checkpoints.newest()
     assert all((folder / "state.json").exists() for folder in folders)
 
@@ -174,7 +174,7 @@ def test_a_save_that_fails_leaves_nothing_and_says_why(
 @pytest.mark.parametrize("fact", ["config", "data"])
 def test_a_checkpoint_of_another_run_is_refused(fact: str, tmp_path: Path) -> None:
     _save(_checkpoints(tmp_path), 1)
-    with pytest.raises(CheckpointError, match="another (run file|data)"):
+    with pytest.raises(CheckpointError, match=r"another (run file|data)"):
         _checkpoints(tmp_path, **{fact: "x" * 64}).newest()
 
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from llmnorm.data import Prepared
 
 from .conftest import tiny_words
@@ -42,7 +40,8 @@ def test_a_run_killed_at_random_moments_ends_with_equal_numbers_and_files(
 def test_a_run_killed_at_file_operations_ends_with_equal_numbers_and_files(
     data: Prepared, tmp_path: Path
 ) -> None:
-    result = _trials(data, tmp_path, "operation", 30, training__max_steps=4, checkpoint__interval_steps=1)
+    changes = {"training__max_steps": 4, "checkpoint__interval_steps": 1}
+    result = _trials(data, tmp_path, "operation", 30, **changes)
     assert result["wrong"] == [], result["log"]
     assert result["kills"] == 30
     assert result["operations"] >= 40

@@ -103,9 +103,7 @@ def test_muon_takes_every_hidden_matrix_and_adamw_the_rest() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    slots = {
-        name: set(optimizer.state[p]) for name, p in model.named_parameters()
-    }
+    slots = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
     assert slots["model.layers.1.self_attn.q_proj.weight"] == {"momentum_buffer"}
     assert slots["lm_head.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 

@@ -311,7 +311,7 @@ def test_five_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
 ) -> None:
     _poison({3, 5, 6, 7, 8, 9}, monkeypatch, math.nan)
     config = tiny()
-    with pytest.raises(Diverged, match="5 steps in a row up to step 10.*step_00000009"):
+    with pytest.raises(Diverged, match=r"5 steps in a row up to step 10.*step_00000009"):
         train(config)
     assert json.loads((config.output.dir / "exit.json").read_text())["code"] == 6
 
@@ -356,9 +356,7 @@ def test_max_tokens_ends_the_run_and_sets_the_schedule(tiny: Tiny) -> None:
     assert records[-1]["lr"] == 0.0
 
 
-def test_a_precision_chosen_once_is_kept(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_chosen_once_is_kept(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(training__precision="auto")
     monkeypatch.setattr("llmnorm.training.precision._time_both", lambda *_: (2.0, 1.0))
     _stop_after(5, monkeypatch, Killed())

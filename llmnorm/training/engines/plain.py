@@ -1,5 +1,6 @@
 """The plain engine: one process, or one model a process with averaged gradients (DDP)."""
 
+import logging
 import math
 import os
 import warnings
@@ -21,6 +22,8 @@ from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Owned, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 _GROUPS = "param_groups"
 """Pseudo-parameter under which the numbers of the optimizer's groups are saved."""
@@ -50,6 +53,7 @@ class PlainEngine:
             cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp]
         )
         world = self.accelerator.num_processes
+        self.wrapped: Any = None
         self.ranks = Ranks(self.accelerator.process_index, world, self.accelerator.device)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if world != launched:
@@ -73,6 +77,7 @@ class PlainEngine:
                 f"{self.ranks.world} processes hold a {type(self.wrapped).__name__}, expected "
                 "DistributedDataParallel for several: their gradients would not be averaged"
             )
+        logger.info("%d process(es), %s", self.ranks.world, type(self.wrapped).__name__)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer: Any = make_optimizer(self.model)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -176,10 +181,16 @@ class PlainEngine:
         self.optimizer.load_state_dict(loaded)
 
     def finish(self, folder: Path | None) -> None:
-        """Write the model on rank 0, then leave the process group."""
+        """Write the model on rank 0, then leave the process group.
+
+        DDP goes before the group: if it held the last reference, the group would be torn down
+        while Python's lock is held, which its worker threads may be waiting for (a rare deadlock).
+        """
         if folder is not None and self.ranks.is_main:
             transformers_logging.disable_progress_bar()
             self.model.save_pretrained(folder)
+        self.wrapped = None
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
 

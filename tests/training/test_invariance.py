@@ -1,0 +1,242 @@
+"""The same global batch gives the same losses, however it is split."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmnorm import build_config, build_model
+from llmnorm.config import RunConfig
+from llmnorm.data import Prepared
+from llmnorm.training.checkpoint import verify
+from llmnorm.training.loop import train
+
+from .conftest import metrics, numbers, tiny_words
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ROOT / "train" / "pretrain.py"
+LOSS_TOLERANCE = 5e-7  # relative, per step, float32
+STEPS = 20
+
+Tiny = Callable[..., RunConfig]
+RunRanks = Callable[..., list[str]]
+
+
+def _words(data: Prepared, output: Path, **changes: Any) -> list[str]:
+    # 5 sequences on 2 ranks with micro-batches of 2: one rank counts 3 rows, the other 2
+    changes = {"training__global_batch_size": 5, "training__max_steps": STEPS, **changes}
+    return tiny_words(data.path, output, optimizer__lr=3e-3, **changes)
+
+
+def _assert_close(left: Path, right: Path) -> None:
+    for one, other in zip(metrics(left), metrics(right), strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=LOSS_TOLERANCE)
+        if "val/loss" in one:
+            assert other["val/loss"] == pytest.approx(one["val/loss"], rel=LOSS_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def one_process(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with the whole batch at once."""
+    from llmnorm.config import load_run_config
+
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train(load_run_config(None, _words(data, run)))
+    return run
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_accumulation_changes_no_loss(
+    micro_batch_size: int, one_process: Path, data: Prepared, tmp_path: Path
+) -> None:
+    from llmnorm.config import load_run_config
+
+    words = _words(data, tmp_path / "run", training__micro_batch_size=micro_batch_size)
+    train(load_run_config(None, words))
+    _assert_close(one_process, tmp_path / "run")
+
+
+def test_two_ddp_processes_with_unequal_targets_give_the_losses_of_one(
+    one_process: Path, data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    """Accumulated too; one process then continues the checkpoint of two, and two that of one."""
+    run = tmp_path / "ddp"
+    words = _words(data, run, training__micro_batch_size=2)
+    run_ranks(PRETRAIN, *words)
+    _assert_close(one_process, run)
+    manifest = verify(run / "checkpoints" / f"step_{STEPS:08d}")
+    assert manifest["world"] == 2
+    assert "optimizer-00001-of-00002.safetensors" in manifest["files"]
+
+
+def test_a_run_continues_in_another_world_with_the_same_data_and_loss(
+    data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    from llmnorm.config import load_run_config
+
+    kept = {"checkpoint__keep": 100, "checkpoint__interval_steps": 9}
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    train(load_run_config(None, _words(data, alone, **kept)))
+    middle = alone / "checkpoints" / "step_00000009"
+    run_ranks(PRETRAIN, *_words(data, pair, **kept, checkpoint__resume=str(middle)))
+    again = tmp_path / "again"
+    middle = pair / "checkpoints" / "step_00000018"
+    assert verify(middle)["world"] == 2
+    train(load_run_config(None, _words(data, again, **kept, checkpoint__resume=str(middle))))
+    reference = metrics(alone)
+    for run, first in ((pair, 10), (again, 19)):
+        records = metrics(run)
+        assert [record["step"] for record in records] == list(range(first, STEPS + 1))
+        for record in records:
+            expected = reference[record["step"] - 1]["train/loss"]
+            assert record["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_processes_killed_in_the_middle_continue_bit_for_bit(
+    data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    changes = {"training__max_steps": 12, "checkpoint__interval_steps": 2}
+    run_ranks(PRETRAIN, *_words(data, straight, **changes))
+    spy = tmp_path / "spy.py"  # rank 1 dies by SIGKILL at the fifth step, the other is killed
+    spy.write_text(
+        "import os, signal, sys\n"
+        "from llmnorm.training import loop\n"
+        "real = loop.Trainer.take_step\n"
+        "def take_step(self, batches):\n"
+        "    if self.step == 5 and self.ranks.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, batches)\n"
+        "loop.Trainer.take_step = take_step\n"
+        "from llmnorm.config import load_run_config\n"
+        "loop.train(load_run_config(None, sys.argv[1:]))\n"
+    )
+    with pytest.raises(AssertionError, match="a rank failed"):
+        run_ranks(spy, *_words(data, killed, **changes))
+    run_ranks(PRETRAIN, *_words(data, killed, **changes))
+    assert numbers(killed) == numbers(straight)
+
+
+def test_each_gradient_is_that_of_the_global_mean_in_float64(
+    tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    """Rounding gone, so a wrong weight of a rank or micro-batch cannot hide."""
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    run_ranks(script, tmp_path)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    model = build_model(
+        build_config({**shape, "num_hidden_layers": 1, "num_attention_heads": 2}), seed=0
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(32, (6, 9), generator=generator)
+    targets = torch.randint(32, (6, 9), generator=generator)
+    for row in range(6):
+        targets[row, row:] = -100
+    log_p = torch.log_softmax(model(input_ids=ids).logits, dim=-1)
+    counted = targets >= 0
+    (-log_p[counted].gather(1, targets[counted][:, None]).mean()).backward()
+    stored = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(stored[name], parameter.grad, rtol=1e-12, atol=1e-15)
+
+
+GRADIENTS = """
+import sys
+import torch
+from llmnorm import build_config, build_model
+from llmnorm.training.engines import choose_engine
+from llmnorm.training.objective import Objective
+from llmnorm.training.precision import Precision
+
+engine = choose_engine()
+shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+config = build_config({**shape, "num_hidden_layers": 1, "num_attention_heads": 2})
+model = build_model(config, seed=0).double()
+generator = torch.Generator().manual_seed(0)
+ids = torch.randint(32, (6, 9), generator=generator)
+targets = torch.randint(32, (6, 9), generator=generator)
+for row in range(6):
+    targets[row, row:] = -100
+precision = Precision(name="fp32", device_type="cpu", reason="test")
+engine.prepare(Objective(model), lambda m: torch.optim.SGD(m.parameters(), lr=0.0), precision)
+# rank 0 gets rows 0, 1 | 4 and rank 1 rows 2, 3 | 5: unequal micro-batches and ranks
+rows = [[0, 1], [4]] if engine.ranks.rank == 0 else [[2, 3], [5]]
+batches = [{"input_ids": ids[r], "targets": targets[r]} for r in rows]
+own = sum(int((b["targets"] >= 0).sum()) for b in batches)
+count, = engine.ranks.sums(own)
+engine.backward(batches, count)
+if engine.ranks.is_main:
+    torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[1] + "/gradients.pt")
+engine.finish(None)
+"""
+
+
+def test_the_launcher_starts_two_synchronized_processes(
+    one_process: Path, data: Prepared, tmp_path: Path
+) -> None:
+    """The README's command, once: `accelerate launch` with the DDP file, from elsewhere."""
+    run = tmp_path / "launched"
+    log = tmp_path / "launch.log"
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with log.open("wb") as handle:
+        process = subprocess.Popen(
+            [*launch, str(PRETRAIN), *_words(data, run)],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    text = log.read_text()
+    assert process.returncode == 0, text[-3000:]
+    assert json.loads((run / "environment.json").read_text())["world"] == 2
+    assert "DistributedDataParallel" in text
+    _assert_close(one_process, run)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("variable", "named"),
+    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")],
+)
+def test_an_engine_that_is_not_there_is_refused_by_name(
+    variable: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmnorm.errors import EnvironmentProblem
+    from llmnorm.training.engines import choose_engine
+
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(EnvironmentProblem, match=f"asked for {named}"):
+        choose_engine()
+
+
+@pytest.mark.fast
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmnorm.errors import EnvironmentProblem
+    from llmnorm.training.engines.plain import PlainEngine
+
+    engine = PlainEngine(cpu=True)
+    assert engine.ranks.world == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentProblem, match="started 2 processes but 1"):
+        PlainEngine(cpu=True)
