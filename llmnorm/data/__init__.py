@@ -5,8 +5,9 @@ it reaches a model.
 """
 
 from .batches import GlobalBatches
+from .options import PrepareOptions
 from .order import SampleOrder
-from .prepare import PrepareOptions, prepare
+from .prepare import prepare
 from .prepared import Prepared, Split, open_prepared
 
 __all__ = [

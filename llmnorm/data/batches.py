@@ -99,14 +99,17 @@ class GlobalBatches:
             return
         # The loader draws a seed for its workers: from a generator of its own, so that the
         # program's random state does not depend on num_workers.
-        loader: DataLoader[list[dict[str, torch.Tensor]]] = DataLoader(
+        loader: DataLoader[list[dict[str, torch.Tensor]] | DataError] = DataLoader(
             _Steps(self),
             batch_size=None,
             sampler=itertools.count(start_step),
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
-        yield from loader
+        for item in loader:
+            if isinstance(item, DataError):
+                raise item
+            yield item
 
     def _micro_batch(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         first = (micro * self.world + self.rank) * self.micro_batch_size
@@ -134,9 +137,12 @@ def document_positions(input_ids: np.ndarray, eos_token_id: int) -> np.ndarray:
     return positions - np.maximum.accumulate(starts, axis=1)
 
 
-class _Steps(Dataset[list[dict[str, torch.Tensor]]]):
+class _Steps(Dataset[list[dict[str, torch.Tensor]] | DataError]):
     def __init__(self, batches: GlobalBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
-        return self.batches.step(step)
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]] | DataError:
+        try:
+            return self.batches.step(step)
+        except DataError as error:  # raised in a worker it would arrive wrapped in a traceback
+            return error

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from .foreign import Megatron, NanoGpt, Olmo, TokenSource
-from .prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare
+from .options import DEFAULT_VOCAB_SIZE, PrepareOptions
+from .prepare import prepare
 from .prepared import Prepared, open_prepared
 from .sources import Jsonl, PythonStdlib, Source, Text
 from .tables import HubDataset, Parquet

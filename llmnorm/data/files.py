@@ -41,7 +41,10 @@ def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _regular(file: Path) -> Path:
-    mode = file.stat().st_mode
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise DataError(f"{file} is not a regular file ({stat.filemode(mode)}); give a file")
     return file

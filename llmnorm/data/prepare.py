@@ -6,14 +6,10 @@ function of the request alone, however often it was interrupted. Read `prepared.
 """
 
 import logging
-import time
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,16 +25,14 @@ from .manifest import (
     file_entry,
     read_manifest,
 )
+from .options import DEFAULT_VOCAB_SIZE, PrepareOptions
 from .prepared import Prepared, open_prepared
-from .progress import PrepareProgress
-from .ragged import Ragged
 from .shards import SplitWriter
-from .sources import Document, Source
+from .sources import Source
 from .splitting import assign_splits, split_rule
+from .stream import store_tokens
 from .tokenizer import (
     TRAINING_BYTES,
-    Encoder,
-    check_ids,
     load_tokenizer,
     saved_tokenizer,
     tokenizer_hash,
@@ -54,48 +48,9 @@ from .workspace import (
     write_atomically,
 )
 
-DEFAULT_VOCAB_SIZE = 4096
-_BATCH_SIZE = 1 << 21  # characters (or tokens of a tokenized source) in a batch
-_BATCH_DOCUMENTS = 1 << 14
 _BYTES_PER_TOKEN = 8  # of text; more than tokens have, so that a budget's text is trained on
-_COMMIT_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """What to make of a source.
-
-    Attributes:
-        tokenizer: folder, file or hub name of a tokenizer; None trains one on the train split.
-        vocab_size: entries of a trained tokenizer; None is 4096.
-        val_fraction: share of documents held out, at most one half; see `splitting.py`.
-        max_tokens: stop before the document that would pass this number; None takes all.
-        shard_tokens: tokens after which a shard is closed.
-    """
-
-    tokenizer: str | None = None
-    vocab_size: int | None = None
-    val_fraction: float = 0.05
-    max_tokens: int | None = None
-    shard_tokens: int = 1 << 27
-
-    def __post_init__(self) -> None:
-        if self.tokenizer and self.vocab_size:
-            raise ConfigError("--tokenizer and --vocab-size exclude each other: give one")
-        if not 0 < self.val_fraction <= 0.5:
-            raise ConfigError(f"--val-fraction {self.val_fraction} is not in (0, 0.5]")
-        for name in ("max_tokens", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is not a positive number")
-
-
-class _Batch(NamedTuple):
-    pieces: list[Document]  # with their splits
-    consumed: int  # source documents in this batch
-    empty: int  # of them without content
 
 
 def prepare(
@@ -116,10 +71,15 @@ def prepare(
         tidy_after_publishing(out)
         logger.warning("%s is prepared already, from the same input and options", out)
         return open_prepared(out)
-    with Workspace(out, request, restart) as work:
-        tokenizer = _tokenizer(work, source, options, given)
-        _write_tokens(work, source, options, tokenizer)
-        work.publish()
+    try:
+        with Workspace(out, request, restart) as work:
+            tokenizer = _tokenizer(work, source, options, given)
+            _write_tokens(work, source, options, tokenizer)
+            work.publish()
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: {error}; when that is mended the same command continues"
+        ) from None
     return open_prepared(out, verify=False)
 
 
@@ -194,92 +154,12 @@ def _write_tokens(
         for split in SPLITS
     }
     try:
-        _stream(work, source, options, tokenizer, writers, progress)
+        store_tokens(work, source, options, tokenizer, writers, progress)
         manifest = _manifest(work, source, options, tokenizer, writers, progress)
     finally:
         for writer in writers.values():
             writer.abandon()
     write_atomically(work.folder / MANIFEST_NAME, manifest.to_json())
-
-
-def _stream(
-    work: Workspace,
-    source: Source,
-    options: PrepareOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    writers: dict[SplitName, SplitWriter],
-    progress: Progress,
-) -> None:
-    """Encode and store what is left of the source, committing every few seconds."""
-    committed = time.monotonic()
-    budget = options.max_tokens
-    documents = iter(()) if progress.full else source.documents_from(progress.consumed)
-    pieces = assign_splits(documents, options.val_fraction, progress.filled)
-    with (
-        PrepareProgress(f"preparing {source.corpus}", budget or source.total_bytes) as shown,
-        closing(_encoded(_batches(pieces), Encoder(tokenizer), source.tokenized)) as encoded,
-    ):
-        for batch, ragged in encoded:
-            check_ids(
-                ragged.values, len(tokenizer), f"{source.corpus}: after {progress.tokens} tokens"
-            )
-            _store(batch, ragged, writers, progress, budget)
-            shown.update(progress.tokens if budget else source.position, progress.tokens)
-            if time.monotonic() - committed >= _COMMIT_SECONDS or progress.full:
-                progress.splits = {name: writer.commit() for name, writer in writers.items()}
-                work.commit(progress)
-                committed = time.monotonic()
-            if progress.full:
-                break
-
-
-def _batches(documents: Iterator[list[Document]]) -> Iterator[_Batch]:
-    pieces: list[Document] = []
-    consumed = empty = size = 0
-    for found in documents:
-        pieces += found
-        consumed += 1
-        empty += not found
-        size += sum(len(piece.content) for piece in found)
-        if size >= _BATCH_SIZE or consumed >= _BATCH_DOCUMENTS:
-            yield _Batch(pieces, consumed, empty)
-            pieces, consumed, empty, size = [], 0, 0, 0
-    if consumed:
-        yield _Batch(pieces, consumed, empty)
-
-
-def _encoded(
-    batches: Iterator[_Batch], encoder: Encoder, tokenized: bool
-) -> Generator[tuple[_Batch, Ragged], None, None]:
-    """Every batch with its tokens; the next one is encoded while the caller stores this one."""
-    encode: Any = encoder.measure if tokenized else encoder.encode
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for batch in chain(batches, [None]):
-            following = batch and (batch, pool.submit(encode, [p.content for p in batch.pieces]))
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-
-
-def _store(
-    batch: _Batch,
-    ragged: Ragged,
-    writers: dict[SplitName, SplitWriter],
-    progress: Progress,
-    max_tokens: int | None,
-) -> None:
-    chosen = ragged.lengths > 0
-    progress.skipped += batch.empty + int((~chosen).sum())
-    if max_tokens is not None:
-        totals = progress.tokens + np.cumsum((ragged.lengths + 1) * chosen)
-        chosen &= totals <= max_tokens
-        progress.full = bool(len(totals) and totals[-1] > max_tokens)
-    for name, writer in writers.items():
-        writer.add(ragged.select(chosen & np.array([p.split == name for p in batch.pieces], bool)))
-    progress.tokens += int(((ragged.lengths + 1) * chosen).sum())
-    progress.consumed += batch.consumed
-    progress.filled += batch.consumed - batch.empty
 
 
 def _manifest(
@@ -306,7 +186,7 @@ def _manifest(
         split_rule=split_rule(options.val_fraction),
         dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
         tokenizer=TokenizerEntry(
-            origin=options.tokenizer or "trained on the train split",
+            origin=_origin(options),
             vocab_size=len(tokenizer),
             eos_token=str(tokenizer.eos_token),
             eos_token_id=int(tokenizer.eos_token_id),
@@ -316,6 +196,14 @@ def _manifest(
         splits=splits,
         made_with={"tokenizers": tokenizers.__version__},
     )
+
+
+def _origin(options: PrepareOptions) -> str:
+    """Where the tokenizer comes from: a hub name, or the last part of a path."""
+    if options.tokenizer is None:
+        return "trained on the train split"
+    path = Path(options.tokenizer)
+    return path.resolve().name if path.exists() else options.tokenizer
 
 
 def _nothing(source: Source, split: str, options: PrepareOptions, progress: Progress) -> str:

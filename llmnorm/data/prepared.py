@@ -33,7 +33,10 @@ def open_prepared(path: str | Path, verify: bool = True) -> "Prepared":
     Raises:
         DataError: anything is missing, damaged, cut off, or does not belong to the folder.
     """
-    return Prepared(Path(path), verify)
+    try:
+        return Prepared(Path(path), verify)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 class Prepared:
@@ -113,7 +116,7 @@ class Split:
         self.utf8_bytes = entry.utf8_bytes
         self.vocab_size = manifest.tokenizer.vocab_size
         self.eos_token_id = manifest.tokenizer.eos_token_id
-        self._folder = folder
+        self._folder, self._entry, self._manifest = folder, entry, manifest
         self._entries = entry.shards
         dtype = np.dtype(manifest.dtype)
         self._shards = [_map(folder, s.tokens_file, dtype, (s.tokens,)) for s in entry.shards]
@@ -125,6 +128,10 @@ class Split:
         self._doc_starts = np.cumsum([0, *(shard.documents for shard in entry.shards)])
         if (self._starts[-1], self._doc_starts[-1]) != (self.tokens, self.documents):
             raise DataError(f"{self.path}: shards do not add up to the manifest's totals")
+
+    def __reduce__(self) -> tuple[type["Split"], tuple[Path, str, SplitEntry, Manifest]]:
+        """Opened again in another process, since a pickled memory map would be a copy of all."""
+        return Split, (self._folder, self.name, self._entry, self._manifest)
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens ``start .. start + length`` of the stream, (length,) int64.
@@ -167,7 +174,8 @@ class Split:
         self, max_documents: int | None = None
     ) -> Iterator[tuple[np.ndarray, int]]:
         """(tokens without end-of-text (length,) int64, UTF-8 bytes) of each document in order."""
-        for i in range(min(self.documents, max_documents or self.documents)):
+        limit = self.documents if max_documents is None else max_documents
+        for i in range(min(self.documents, limit)):
             yield self.document(i)[1:], self.document_bytes(i)
 
     def _locate(self, i: int) -> tuple[int, int]:

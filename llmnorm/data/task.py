@@ -13,6 +13,7 @@ from typing import TypedDict
 
 from ..errors import DataError
 from .prepared import Prepared
+from .tokenizer import Encoder
 from .workspace import remove, write_atomically
 
 CONTEXT_CHARACTERS = 240
@@ -125,10 +126,9 @@ def continuation_items(prepared: Prepared, items: int) -> list[Item]:
 
 def _usable_documents(prepared: Prepared) -> list[tuple[str, list[int]]]:
     """Texts with the places where a continuation may begin."""
-    tokenizer = prepared.tokenizer()
+    documents = [tokens for tokens, _ in prepared.split("val").documents_for_scoring()]
     result = []
-    for tokens, _ in prepared.split("val").documents_for_scoring():
-        text = str(tokenizer.decode(tokens, skip_special_tokens=False))
+    for text in Encoder(prepared.tokenizer()).decode(documents):
         last = len(text) - CONTINUATION_CHARACTERS
         starts = [m.start() for m in _WORD_START.finditer(text, SHORTEST_CONTEXT, max(last, 0))]
         if starts:

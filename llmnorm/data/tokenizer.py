@@ -136,12 +136,16 @@ class Encoder:
 
     def measure(self, documents: list[np.ndarray]) -> Ragged:
         """Documents that are ids already; their UTF-8 bytes are counted by decoding them."""
-        texts = self.backend.decode_batch([ids.tolist() for ids in documents], False)
+        texts = self.decode(documents)
         return Ragged(
             np.concatenate(documents) if documents else np.zeros(0, dtype=np.uint32),
             np.array([len(ids) for ids in documents], dtype=np.int64),
             np.array([len(text.encode()) for text in texts], dtype=np.int64),
         )
+
+    def decode(self, documents: list[np.ndarray]) -> list[str]:
+        """The texts of (length,) arrays of ids, without tidying."""
+        return self.backend.decode_batch([ids.tolist() for ids in documents], False)
 
 
 def check_ids(values: np.ndarray, vocab_size: int, where: str) -> None:

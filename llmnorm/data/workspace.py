@@ -7,6 +7,7 @@ on the disk, so a process killed at any instant leaves a state that can be conti
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..errors import DataError
 from .manifest import SplitName
 from .shards import SplitState
 
+logger = logging.getLogger(__name__)
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
@@ -80,6 +82,8 @@ class Workspace:
         value: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if kind is KeyboardInterrupt:
+            logger.warning("what is done so far is kept; the same command continues from there")
         os.close(self._lock)
 
     def commit(self, progress: Progress) -> None:
@@ -103,10 +107,12 @@ class Workspace:
         if self.restart:
             remove(self.root / "state.json")
         state = self._read_state()
-        if state is not None:
-            advice = "pass --restart to drop it"
-            refuse_other_request(self.root, state.request, self.request, advice)
-            if state.progress is not None:
+        if state is not None and state.progress is not None:
+            if state.progress.consumed:
+                advice = "pass --restart to drop what is there"
+                refuse_other_request(self.root, state.request, self.request, advice)
+                logger.info("continuing after %d documents", state.progress.consumed)
+            if state.request == self.request:
                 return state.progress
         remove(self.folder)
         self.folder.mkdir()

@@ -1,12 +1,17 @@
 """Every world sees the same global batch at the same step; no sample is lost or repeated."""
 
+import os
+import pickle
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnorm.data import GlobalBatches, Prepared, SampleOrder
+from llmnorm.data import GlobalBatches, Prepared, SampleOrder, open_prepared
 from llmnorm.errors import ConfigError, DataError
 
 
@@ -116,6 +121,28 @@ def test_workers_change_nothing(prepared: Prepared, workers: int) -> None:
             assert all(torch.equal(one[key], other[key]) for key in one)
     found.close()  # type: ignore[attr-defined]
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_file_met_while_training_is_one_line(
+    prepared: Prepared, tmp_path: Path, workers: int
+) -> None:
+    copy = open_prepared(shutil.copytree(prepared.path, tmp_path / "copy"))
+    for shard in (copy.path / "train").glob("tokens-*.npy"):
+        os.truncate(shard, 130)
+    batches = make(copy, num_workers=workers).iterate(0)
+    with pytest.raises(DataError, match="ends at byte 130") as error:
+        next(batches)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.fast
+def test_a_split_goes_to_another_process_by_name(prepared: Prepared) -> None:
+    split = prepared.split("train")
+    rebuild, arguments = split.__reduce__()
+    again = rebuild(*arguments)
+    assert np.array_equal(again.window(100, 300), split.window(100, 300))
+    assert len(pickle.dumps(split)) < 10_000 < split.tokens * 2
 
 
 @pytest.mark.fast

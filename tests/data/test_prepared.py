@@ -55,6 +55,7 @@ def test_documents_for_scoring_are_without_end_of_text(prepared: Prepared) -> No
     assert sum(size for _, size in scored) == split.utf8_bytes
     assert all(prepared.eos_token_id not in tokens for tokens, _ in scored)
     assert len(list(split.documents_for_scoring(max_documents=3))) == 3
+    assert not list(split.documents_for_scoring(max_documents=0))
 
 
 @pytest.fixture

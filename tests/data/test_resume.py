@@ -1,16 +1,15 @@
 """A preparation that is killed and asked for again gives the bytes of one that was not."""
 
+import errno
 import fcntl
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from llmnorm.data import PrepareOptions, prepare
-from llmnorm.data import prepare as prepare_function
+from llmnorm.data import PrepareOptions, prepare, shards, stream
 from llmnorm.data.sources import Document, Text
 from llmnorm.errors import DataError
 
@@ -48,11 +47,8 @@ def prepare_and_die(source_file: Path, out: Path, deadly_event: int) -> int:
 
 def _kill_at(deadly_event: int) -> None:
     """Count every step on the way to the disk; commit after every small batch."""
-    from llmnorm.data import shards
-
-    module = sys.modules[prepare_function.__module__]
-    module._COMMIT_SECONDS = 0.0  # type: ignore[attr-defined]
-    module._BATCH_SIZE = 1500  # type: ignore[attr-defined]
+    stream._COMMIT_SECONDS = 0.0
+    stream._BATCH_SIZE = 1500
     events = 0
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -116,9 +112,8 @@ class _Slow(Text):
 def test_work_is_kept_and_another_request_is_refused(
     source_file: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch
 ) -> None:
-    module = sys.modules[prepare_function.__module__]
-    monkeypatch.setattr(module, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_BATCH_SIZE", 1000)
+    monkeypatch.setattr(stream, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "_BATCH_SIZE", 1000)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         prepare(_Slow(source_file, 100), out, OPTIONS)
@@ -133,7 +128,35 @@ def test_work_is_kept_and_another_request_is_refused(
 
 
 @pytest.mark.fast
-def test_restart_drops_unfinished_work(source_file: Path, tmp_path: Path) -> None:
+def test_an_attempt_that_wrote_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo \xff")
+    with pytest.raises(DataError, match="byte 9 is not UTF-8"):
+        prepare(Text(path, whole_files=False), tmp_path / "out", OPTIONS)
+    path.write_bytes(b"one\n\ntwo \n\nthree")
+    assert prepare(Text(path, whole_files=False), tmp_path / "out", OPTIONS).path.is_dir()
+
+
+@pytest.mark.fast
+def test_a_full_disk_is_said_in_a_line_and_the_work_continues(
+    source_file: Path, uninterrupted: dict[str, bytes], tmp_path: Path, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.NpyAppender, "append", full)
+        with pytest.raises(DataError, match=r"out cannot be written: .*No space left.*continues"):
+            prepare(Text(source_file, whole_files=False), tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+    prepare(Text(source_file, whole_files=False), tmp_path / "out", OPTIONS)
+    assert folder_bytes(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.fast
+def test_restart_drops_unfinished_work(source_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "_BATCH_SIZE", 1000)
     other = PrepareOptions(vocab_size=290, val_fraction=0.2)
     with pytest.raises(KeyboardInterrupt):
         prepare(_Slow(source_file, 100), tmp_path / "out", OPTIONS)
