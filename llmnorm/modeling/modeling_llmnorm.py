@@ -141,9 +141,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embedding_norm(self.embedding_scale(x))
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+        # Before a cache is made, which would hide where documents start.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -151,8 +149,11 @@ class LlmNormModel(LlmNormPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        if use_cache and past_key_values is None:  # after the mask: a cache hides document starts
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         rotary = rotary_table(
             position_ids,
             head_dim=self.config.head_dim,

@@ -33,9 +33,14 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, table: Table) -> Table:
-    """Turn queries and keys by their positions; both are (batch, heads, seq, head_dim)."""
+    """Turn queries and keys by their positions; both are (batch, heads, seq, head_dim).
+
+    They keep their dtypes, also under autocast, where the table has the stream's.
+    """
     cos, sin = (part.unsqueeze(1) for part in table)
-    return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+    turned_query = query * cos + _rotate_half(query) * sin
+    turned_key = key * cos + _rotate_half(key) * sin
+    return turned_query.to(query.dtype), turned_key.to(key.dtype)
 
 
 def keep(query: torch.Tensor, key: torch.Tensor, table: Table) -> Table:
