@@ -15,7 +15,8 @@ from llmnorm.evaluation.measure import score_run
 from llmnorm.evaluation.runs import open_run
 
 SCHEMES = ["pre_ln-rmsnorm", "peri_ln-rmsnorm", "lns-rmsnorm", "pre_ln-derf"]
-DATA, RUNS = Path("data/python-stdlib"), Path("runs/quickstart")
+DATA, RUNS, ROOT = Path("data/python-stdlib"), Path("runs/quickstart"), Path(__file__).parents[1]
+CPU = ["--config_file", f"{ROOT}/configs/accelerate/cpu.yaml"]
 NEXT = f"""Next, for example:
 llmnorm generate {RUNS}/lns-rmsnorm -p "import " --temperature 0.8
 accelerate launch train/pretrain.py --config quickstart --model.placement.name mix_ln \\
@@ -37,14 +38,13 @@ def main(overrides: list[str]) -> None:
     """Prepare, train, score in this process, compare, sample."""
     prepare = ["llmnorm", "data", "prepare", "--source", "python-stdlib", "--vocab-size", "4096"]
     stage("Prepare the source of Python's library", *prepare, "--write-task", "--out", DATA)
-    train = [str(Path(__file__).with_name("pretrain.py")), "--config", "quickstart", *overrides]
-    device = [] if torch.accelerator.is_available() else ["--cpu"]
-    launch = ["accelerate.commands.launch", "--num_processes", "1", *device]
+    device = ["--num_processes", "1"] if torch.accelerator.is_available() else CPU
+    train = ["accelerate.commands.launch", *device, f"{ROOT}/train/pretrain.py", "quickstart"]
     runs = [RUNS / scheme for scheme in SCHEMES]
     for run in runs:
         placement, norm = run.name.split("-")
         scheme = ["--model.placement.name", placement, "--model.norm.op", norm]
-        stage(f"Train {placement} + {norm}", *launch, *train, *scheme, "--output.dir", run)
+        stage(f"Train {placement} + {norm}", *train, *overrides, *scheme, "--output.dir", run)
         if run == runs[0]:  # the precision that was measured faster here is taken for all
             train += ["--training.precision", open_run(run).environment["precision"]["name"]]
     stage("Score: perplexity, and which of four texts goes on after this one?")
