@@ -1,7 +1,7 @@
 """The option `--golden DIR`, the shared package `goldens`, and the count at the end."""
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from goldens.cases import NotImplementedCaseError, read_manifests  # noqa: E402 (needs the path above)
+from goldens.cases import Case, NotImplementedCaseError, read_manifests  # noqa: E402 (needs the path above)
 
 _CASES = "golden case"
 
@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        if case is not None and HERE in item.path.parents:
+        if isinstance(case, Case):
             item.user_properties.append((_CASES, case.id))
 
 
@@ -69,24 +69,32 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Count what was compared and list what is not implemented, by file and reason."""
-    compared, missing = 0, defaultdict(list)
-    for report in _reports(terminalreporter, "passed") + _reports(terminalreporter, "failed"):
-        compared += any(key == _CASES for key, _ in report.user_properties)
-    for report in _reports(terminalreporter, "skipped"):
-        for key, case in report.user_properties:
-            if key == _CASES:
-                file, _, name = case.partition("::")
-                reason = str(report.longrepr[2]).partition("not implemented: ")[2]
-                missing[file, reason].append(name)
-    if not compared and not missing:
+    run = _golden(terminalreporter, "passed") + _golden(terminalreporter, "failed")
+    skipped = _golden(terminalreporter, "skipped")
+    if not run and not skipped:
         return
-    terminalreporter.section("golden vectors")
+    folders = Counter(Path(case).parts[0] for case, _ in run)
+    missing = defaultdict(list)
+    for case, report in skipped:
+        file, _, name = case.partition("::")
+        reason = str(report.longrepr[2]).partition("not implemented: ")[2]
+        if name not in missing[file, reason]:
+            missing[file, reason].append(name)
     count = sum(len(names) for names in missing.values())
-    terminalreporter.line(f"{compared} comparisons run, {count} cases not implemented")
+    terminalreporter.section("golden vectors")
+    counts = ", ".join(f"{folder} {number}" for folder, number in sorted(folders.items()))
+    terminalreporter.line(f"{len(run)} comparisons run ({counts}); {count} cases not implemented:")
     for (file, reason), names in sorted(missing.items()):
         terminalreporter.line(f"  not implemented: {file} ({reason}): {', '.join(names)}")
 
 
-def _reports(terminalreporter: pytest.TerminalReporter, outcome: str) -> list[pytest.TestReport]:
-    reports = terminalreporter.stats.get(outcome, [])
-    return [report for report in reports if hasattr(report, "user_properties")]
+def _golden(
+    terminalreporter: pytest.TerminalReporter, outcome: str
+) -> list[tuple[str, pytest.TestReport]]:
+    """(case, report) of the tests with this outcome that ran or skipped a golden case."""
+    return [
+        (case, report)
+        for report in terminalreporter.stats.get(outcome, [])
+        for key, case in getattr(report, "user_properties", ())
+        if key == _CASES
+    ]

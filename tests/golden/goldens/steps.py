@@ -169,7 +169,15 @@ def our_run(case: Case, stack: Stack) -> OurRun:
 
 
 def _origin(stack: Stack, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which of the reference's tensors each of our parameters is made of (rows of, reordered)."""
+    """Which of the reference's tensors each of our parameters is made of (rows of, reordered).
+
+    Raises:
+        NotImplementedCaseError: if the map does more than that, so that steps do not commute.
+    """
+    ones = stack.to_ours({name: torch.ones_like(w) for name, w in weights.items()})
+    zeros = stack.to_ours({name: torch.zeros_like(w) for name, w in weights.items()})
+    if not all((ones[name] == 1).all() and (zeros[name] == 0).all() for name in ones):
+        raise NotImplementedCaseError("our parameters are not the reference's one to one")
     numbers = {name: torch.full_like(w, i) for i, (name, w) in enumerate(weights.items())}
     names = list(weights)
     found = {}

@@ -82,7 +82,11 @@ def _shape(case: Case, switches: Switches) -> dict[str, Any]:
         shape[name] = switches.take(name, False)
     act = switches.take("hidden_act", None)
     shape["hidden_act"] = switches.take("hidden_activation", None) or act or "silu"
-    for name in ("max_position_embeddings", "initializer_range", "use_cache", "attention_dropout"):
+    switches.expect("attention_dropout", 0.0)
+    switches.expect("pad_token_id", None)  # a padding row would get no gradient
+    for name in ("max_position_embeddings", "initializer_range", "use_cache"):
+        switches.take(name, None)
+    for name in ("bos_token_id", "eos_token_id"):
         switches.take(name, None)
     return shape | {"rope_parameters": _positions(case, switches)}
 

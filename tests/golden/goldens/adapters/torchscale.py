@@ -6,9 +6,11 @@ from torch import Tensor
 
 from llmnorm import LlmNormConfig, build_config
 
-from ..cases import Case, Switches
+from ..cases import Case, NotImplementedCaseError, Switches
 from ..stack import Reference, Stack, rewire
 from .mapping import copy
+
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 
 
 def adapt(case: Case) -> Stack:
@@ -17,6 +19,9 @@ def adapt(case: Case) -> Stack:
     subln = switches.take("subln", True) and not deepnorm  # torchscale's default, and its rule
     pre = switches.take("decoder_normalize_before", True)
     depth = switches.take("layers")
+    act = switches.take("activation_fn", "gelu")
+    if act not in _ACTIVATIONS:
+        raise NotImplementedCaseError(f"activation_fn={act!r}")
     shape = {
         "vocab_size": switches.take("vocab_size"),
         "hidden_size": switches.take("embed_dim"),
@@ -26,7 +31,7 @@ def adapt(case: Case) -> Stack:
         "attention_bias": True,
         "mlp_bias": True,
         "mlp": "plain",
-        "hidden_act": "gelu",
+        "hidden_act": _ACTIVATIONS[act],
         "position": "none",
     }
     norm = {"op": "layernorm", "eps": switches.take("eps")}
