@@ -25,7 +25,7 @@ from llmnorm.training.metrics import Display, MetricsFile, Pace, Record, Reporte
 from llmnorm.training.objective import IGNORED, Objective
 from llmnorm.training.optimizer import describe_groups, make_optimizer
 from llmnorm.training.precision import Precision, decide_precision, peak_flops
-from llmnorm.training.rng import seed_generators
+from llmnorm.training.rng import prefer_determinism, seed_generators
 from llmnorm.training.signals import STOPPED_BY_SIGNAL, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Trainer:
                 self.save()
             if stopping and self.step < self.plan.steps:
                 self.engine.finish(None)
-                return STOPPED_BY_SIGNAL, f"stopped by {self.stop.signal_name or 'another rank'}"
+                return STOPPED_BY_SIGNAL, self.stop.describe()
             begun = time.perf_counter()
         self.finish()
         return 0, "finished"
@@ -124,6 +124,7 @@ class Trainer:
         """Make data, plan, model and engine; find the checkpoint to continue from."""
         config, training = self.config, self.config.training
         seed_generators(training.seed)
+        prefer_determinism(self.device)
         self.data = setup.open_data(config, self.ranks)
         self.plan = setup.make_plan(config, self.ranks.world)
         self.model = setup.make_model(config, self.data)
@@ -147,11 +148,8 @@ class Trainer:
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint to continue from: the run's newest, or the one asked for."""
-        facts = {
-            "config": self.config.fingerprint(),
-            "data": self.data.fingerprint,
-            "engine": self.engine.name,
-        }
+        facts = {"config": self.config.fingerprint(), "data": self.data.fingerprint}
+        facts["engine"] = self.engine.name
         root, keep = self.directory.checkpoints, self.config.checkpoint.keep
         self.checkpoints = Checkpoints(root, self.ranks, keep=keep, facts=facts)
         asked = self.config.checkpoint.resume

@@ -1,5 +1,6 @@
-"""The states of all random generators as tensors, so that a checkpoint holds no pickle."""
+"""Random generators and determinism: seeds, and states as tensors so that no pickle is needed."""
 
+import os
 import random
 
 import numpy as np
@@ -12,6 +13,18 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def prefer_determinism(device: torch.device) -> None:
+    """Ask torch for kernels that give the same bits twice; what has none warns once and runs.
+
+    On a CPU all kernels that training uses do. On a GPU attention's backward does when asked, and
+    cuBLAS with a workspace of fixed size, which is read when its first product runs.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -46,3 +46,7 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether the run should stop at the next step boundary."""
         return self.signal_name is not None
+
+    def describe(self) -> str:
+        """Return who asked, for exit.json."""
+        return f"stopped by {self.signal_name or 'a signal to another rank'}"

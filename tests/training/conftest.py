@@ -12,32 +12,8 @@ from llmnorm.config import RunConfig, load_run_config
 from llmnorm.data import Prepared, PrepareOptions, prepare
 from llmnorm.data.sources import Text
 
-WORDS = [
-    "the",
-    "norm",
-    "of",
-    "a",
-    "residual",
-    "stream",
-    "grows",
-    "with",
-    "depth",
-    "while",
-    "every",
-    "branch",
-    "adds",
-    "its",
-    "own",
-    "part",
-    "and",
-    "gains",
-    "import",
-    "class",
-    "def",
-    "return",
-    "self",
-    "none",
-]
+TEXT = "the norm of a residual stream grows with depth and every branch adds its own part to it"
+WORDS = TEXT.split()
 
 # What must be equal bit for bit between two runs; times are not.
 NUMBERS = ("step", "tokens", "train/loss", "lr", "grad_norm", "val/loss")

@@ -1,0 +1,46 @@
+"""Only the engines know which engine runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import llmnorm
+from llmnorm.training.engines import Engine
+from llmnorm.training.engines.plain import PlainEngine
+
+pytestmark = pytest.mark.fast
+
+PACKAGE = Path(llmnorm.__file__).parent
+VERBS = {"prepare", "backward", "clip_and_step", "pieces", "load_pieces", "finish"}
+ASKING = re.compile(
+    r"DistributedDataParallel|deepspeed|fsdp|fully_shard|Accelerator\(|distributed_type"
+    r"|PlainEngine|isinstance\([^)]*engine|engine\.name\s*(==|in)",
+    re.IGNORECASE,
+)
+IMPORT_OR_TEXT = re.compile(r'^\s*("""|#)')
+
+
+def test_nothing_outside_engines_asks_which_engine_runs() -> None:
+    asked = []
+    files = [*(PACKAGE / "training").glob("*.py"), *(PACKAGE.parent / "train").glob("*.py")]
+    assert len(files) > 10
+    for path in files:
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
+        for line in code.splitlines():
+            if ASKING.search(line.partition("#")[0]):
+                asked.append(f"{path.name}: {line.strip()}")
+    assert asked == []
+
+
+def test_the_protocol_is_six_verbs_and_the_plain_engine_has_them() -> None:
+    declared = {name for name in vars(Engine) if not name.startswith("_")}
+    assert declared == VERBS
+    assert all(callable(getattr(PlainEngine, verb)) for verb in VERBS)
+
+
+def test_script_and_loop_are_short() -> None:
+    script = PACKAGE.parent / "train" / "pretrain.py"
+    assert len(script.read_text().splitlines()) <= 60
+    loop = PACKAGE / "training" / "loop.py"
+    assert len(loop.read_text().splitlines()) < 300
