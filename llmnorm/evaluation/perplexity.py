@@ -123,6 +123,11 @@ def score_documents(
     stride = seq_len if stride is None else stride
     config = _config_of(model)
     _check(seq_len, stride, batch_size, getattr(config, "max_position_embeddings", None))
+    if not 0 <= eos_token_id < config.vocab_size:
+        raise ConfigError(
+            f"end-of-text is token {eos_token_id} and the model has {config.vocab_size} tokens;"
+            " name a token that it was trained with"
+        )
     if world > 1 and not torch.distributed.is_initialized():
         raise EnvironmentProblem(
             f"scoring over {world} ranks needs a process group and none is initialized;"

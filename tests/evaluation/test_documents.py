@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from llmnorm.data import PrepareOptions, prepare
+from llmnorm.data.sources import Jsonl
 from llmnorm.errors import ConfigError, DataError
 from llmnorm.evaluation.documents import open_documents
 from llmnorm.evaluation.loading import load
+from llmnorm.evaluation.measure import measure_perplexity
 
 pytestmark = pytest.mark.fast
 
@@ -68,3 +71,45 @@ def test_a_missing_file_a_split_of_text_and_a_missing_end_of_text_are_explained(
         open_documents(text_file, loaded, split="val")
     with pytest.raises(ConfigError, match="--eos-token"):
         open_documents(text_file, load(str(make_model(eos=False))))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sixty documents as jsonl rows."""
+    rng = np.random.default_rng(0)
+    words = ["norm", "depth", "naïve", "数", "gain\n\n", "of", "the"]
+    file = tmp_path_factory.mktemp("corpus") / "rows.jsonl"
+    texts = [" ".join(rng.choice(words, size=rng.integers(1, 60))) for _ in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+def test_a_prepared_split_scores_as_its_text_does(corpus, model_folder, tmp_path):
+    """Tokens on disk and text tokenized on the way are the same documents."""
+    source = Jsonl(corpus, text_column="text")
+    options = PrepareOptions(tokenizer=str(model_folder), val_fraction=0.3, shard_tokens=500)
+    prepared = prepare(source, tmp_path / "prepared", options)
+    loaded = load(str(model_folder))
+    by_split = [
+        measure_perplexity(loaded, prepared.path, split=split).record for split in ("train", "val")
+    ]
+    whole = measure_perplexity(loaded, corpus).record
+    nats = sum(part["loss"] * part["tokens"] for part in by_split)
+    assert whole["loss"] * whole["tokens"] == pytest.approx(nats, rel=1e-6)
+    for count in ("tokens", "bytes", "documents"):
+        assert whole[count] == sum(part[count] for part in by_split)
+    assert measure_perplexity(loaded, prepared.path).record["split"] == "val"
+    with pytest.raises(DataError, match="has no split 'test'"):
+        open_documents(prepared.path, loaded, split="test")
+
+
+def test_tokens_of_another_tokenizer_are_refused(corpus, make_model, model_folder, tmp_path):
+    source = Jsonl(corpus, text_column="text")
+    prepared = prepare(source, tmp_path / "prepared", PrepareOptions(vocab_size=270)).path
+    with pytest.raises(DataError, match="was tokenized with another tokenizer"):
+        open_documents(prepared, load(str(model_folder)))
+    bare = load(str(make_model(tokenizer=False)))  # 257 tokens, so the ids cannot be its own
+    with pytest.raises(DataError, match="a vocabulary of 270, the model of 257"):
+        open_documents(prepared, bare)
+    fitting = load(str(make_model(tokenizer=False, vocab_size=270)))
+    assert len(list(open_documents(prepared, fitting).documents)) > 0

@@ -195,6 +195,11 @@ def test_ids_beyond_the_vocabulary_are_refused_before_the_model_sees_them():
         score_documents(llama(), docs, eos_token_id=EOT, seq_len=16)
 
 
+def test_an_end_of_text_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="end-of-text is token 61"):
+        score_documents(llama(), documents(), eos_token_id=VOCAB, seq_len=16)
+
+
 def test_nothing_to_score_is_an_error_not_a_nan():
     empty = (np.array([], dtype=np.int64), 0)
     with pytest.raises(DataError, match="2 documents hold no token"):
