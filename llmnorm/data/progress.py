@@ -24,12 +24,13 @@ class PrepareProgress:
     Args:
         description: what is being done.
         total: what counts as finished, in the unit given to `update`; None when unknown.
+        tokens: written by earlier runs, which count for no speed.
     """
 
-    def __init__(self, description: str, total: int | None) -> None:
-        self.description, self.total = description, total
+    def __init__(self, description: str, total: int | None, tokens: int = 0) -> None:
+        self.description, self.total, self.tokens_before = description, total, tokens
         self._begun = self._last_line = time.monotonic()
-        self._first: tuple[float, int] | None = None  # done and tokens when this run began
+        self._first: float | None = None  # done when this run began
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
@@ -61,9 +62,9 @@ class PrepareProgress:
     def update(self, done: float, tokens: int) -> None:
         """Say what is done of the total, and how many tokens are written."""
         now = time.monotonic()
-        self._first = self._first or (done, tokens)
+        self._first = done if self._first is None else self._first
         seconds = max(now - self._begun, 1e-9)
-        speed = f"{tokens:,} tokens, {(tokens - self._first[1]) / seconds:,.0f}/s"
+        speed = f"{tokens:,} tokens, {(tokens - self.tokens_before) / seconds:,.0f}/s"
         if self._bar:
             self._bar.update(self._task, completed=done, tokens=speed)
         elif now - self._last_line >= _LINE_SECONDS:
@@ -71,7 +72,7 @@ class PrepareProgress:
             logger.info("%s: %s%s", self.description, speed, self._remaining(done, seconds))
 
     def _remaining(self, done: float, seconds: float) -> str:
-        gained = done - self._first[0] if self._first else 0
+        gained = done - (self._first or 0.0)
         if not self.total or gained <= 0:
             return ""
         left = max(self.total - done, 0) / gained * seconds

@@ -58,7 +58,9 @@ def store_tokens(
     documents = iter(()) if progress.full else source.documents_from(progress.consumed)
     pieces = assign_splits(documents, options.val_fraction, progress.filled)
     with (
-        PrepareProgress(f"preparing {source.corpus}", budget or source.total_bytes) as shown,
+        PrepareProgress(
+            f"preparing {source.corpus}", budget or source.total_bytes, progress.tokens
+        ) as shown,
         closing(_encoded(_batches(pieces), Encoder(tokenizer), source.tokenized)) as encoded,
     ):
         for batch, ragged in encoded:

@@ -6,8 +6,9 @@ written, so that reading, converting and writing cost little beside encoding.
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,13 @@ from .ragged import Ragged
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and end-of-text
 TRAINING_BYTES = 1 << 28  # text beyond this changes a vocabulary little and costs memory
+
+_LONGEST_PIECE = 1 << 20  # characters encoded at once
+_CHARACTERS_TOGETHER = 1 << 22
+_SURROUNDINGS = 200  # characters looked at on each side of a cut
+_PLACES_TRIED = 50
+_BETWEEN_WORDS = re.compile(r"(?<=\w)\s(?=\w)")
+_NO_IDS = np.zeros(0, dtype=np.uint32)
 
 logger = logging.getLogger(__name__)
 
@@ -125,14 +133,45 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> Ragged:
         """Encode a batch on all cores."""
+        pieces = [self._pieces(text) for text in texts]
+        encoded = [self._encode(group) for group in _groups(chain.from_iterable(pieces))]
+        firsts = np.cumsum([0, *(len(found) for found in pieces)])[:-1]
+        lengths = np.concatenate([_NO_IDS, *(lengths for _, lengths in encoded)]).astype(np.int64)
+        return Ragged(
+            np.concatenate([_NO_IDS, *(ids for ids, _ in encoded)]),
+            np.add.reduceat(lengths, firsts) if texts else lengths,
+            np.array([len(text.encode()) for text in texts], dtype=np.int64),
+        )
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.array([len(encoding) for encoding in encodings], dtype=np.int64)
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
-        return Ragged(
-            np.fromiter(ids, dtype=np.uint32, count=int(lengths.sum())),
-            lengths,
-            np.array([len(text.encode()) for text in texts], dtype=np.int64),
-        )
+        return np.fromiter(ids, dtype=np.uint32, count=int(lengths.sum())), lengths
+
+    def _pieces(self, text: str) -> list[str]:
+        """A long text in pieces that encode as the whole does.
+
+        A text costs a hundred times its size in memory while it is encoded. It is cut only between
+        words, where encoding the surroundings whole and in two gives the same ids.
+        """
+        pieces = []
+        begin = 0
+        while len(text) - begin > _LONGEST_PIECE:
+            places = _BETWEEN_WORDS.finditer(text, begin + _LONGEST_PIECE)
+            tried = (match.start() for match in islice(places, _PLACES_TRIED))
+            cut = next((place for place in tried if self._may_cut(text, place)), None)
+            if cut is None:
+                break
+            pieces.append(text[begin:cut])
+            begin = cut
+        return [*pieces, text[begin:]]
+
+    def _may_cut(self, text: str, place: int) -> bool:
+        left = text[max(place - _SURROUNDINGS, 0) : place]
+        right = text[place : place + _SURROUNDINGS]
+        ids, lengths = self._encode([left + right, left, right])
+        return np.array_equal(ids[: lengths[0]], ids[lengths[0] :])
 
     def measure(self, documents: list[np.ndarray]) -> Ragged:
         """Documents that are ids already; their UTF-8 bytes are counted by decoding them."""
@@ -146,6 +185,19 @@ class Encoder:
     def decode(self, documents: list[np.ndarray]) -> list[str]:
         """The texts of (length,) arrays of ids, without tidying."""
         return self.backend.decode_batch([ids.tolist() for ids in documents], False)
+
+
+def _groups(pieces: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= _CHARACTERS_TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def check_ids(values: np.ndarray, vocab_size: int, where: str) -> None:

@@ -17,7 +17,10 @@ def test_plain_lines_say_speed_and_time_left(
 ) -> None:
     clock = iter([100.0, 101.0, 110.0, 111.0, 121.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO, "llmnorm"), PrepareProgress("preparing x", 1000) as shown:
+    with (
+        caplog.at_level(logging.INFO, "llmnorm"),
+        PrepareProgress("preparing x", 1000, 5000) as shown,
+    ):
         shown.update(100, 5000)  # a continued run: what was done before counts for no speed
         shown.update(200, 15_000)
         shown.update(210, 16_000)  # within ten seconds of the last line

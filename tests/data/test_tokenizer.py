@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmnorm.data.tokenizer import (
@@ -53,6 +54,40 @@ def test_batches_equal_one_by_one_encoding(tokenizer: PreTrainedTokenizerFast) -
     expected = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert ragged.lengths.tolist() == [len(ids) for ids in expected]
     assert ragged.values.tolist() == [i for ids in expected for i in ids]
+
+
+def long_text() -> str:
+    rng = np.random.default_rng(0)
+    joints = [" ", "  ", "\n", "\n\n    ", "\t", ", "]
+    words = " ".join(make_documents(60, seed=4)).split()
+    return "".join(word + joints[int(rng.integers(len(joints)))] for word in words)
+
+
+def test_a_long_text_in_pieces_encodes_as_the_whole(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = long_text()
+    encoder = Encoder(tokenizer)
+    whole = encoder.encode(["first", text, "", "last"])
+    monkeypatch.setattr("llmnorm.data.tokenizer._LONGEST_PIECE", 300)
+    monkeypatch.setattr("llmnorm.data.tokenizer._CHARACTERS_TOGETHER", 1000)
+    assert len(encoder._pieces(text)) > 10
+    pieces = encoder.encode(["first", text, "", "last"])
+    assert pieces.values.tolist() == whole.values.tolist()
+    assert pieces.lengths.tolist() == whole.lengths.tolist()
+    assert pieces.utf8_bytes.tolist() == whole.utf8_bytes.tolist()
+
+
+def test_a_text_is_not_cut_where_that_would_change_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # This tokenizer takes whatever it is given as one word.
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<unk>"))
+    monkeypatch.setattr("llmnorm.data.tokenizer._LONGEST_PIECE", 50)
+    text = "a " * 100
+    assert encoder._pieces(text) == [text]
+    assert encoder.encode([text]).lengths.tolist() == [1]
 
 
 def test_training_is_deterministic_and_has_the_size_asked_for() -> None:
