@@ -278,6 +278,16 @@ def test_the_depth_of_a_folder_of_shapes_can_be_overridden(tmp_path: Path) -> No
     assert all(type(layer.mlp_residual.pre).__name__ == "RMSNorm" for layer in model.model.layers)
 
 
+def test_an_override_of_a_folder_passes_through_construction_and_its_checks(tmp_path: Path) -> None:
+    """What follows from a field is derived again, and what cannot be is refused while reading."""
+    shape = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llmnorm", **shape}))
+    config = AutoConfig.from_pretrained(tmp_path, num_attention_heads=8)
+    assert (config.head_dim, config.num_key_value_heads) == (4, 8)
+    with pytest.raises(ValueError, match="mlp is 'swiglu'; expected one of gated, plain"):
+        AutoConfig.from_pretrained(tmp_path, mlp="swiglu")
+
+
 # --- fields of Llama that mean something else here --------------------------------------------
 
 
