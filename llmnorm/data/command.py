@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .foreign import Megatron, NanoGpt, Olmo, TokenSource
 from .options import DEFAULT_VOCAB_SIZE, PrepareOptions
 from .prepare import prepare
@@ -107,7 +107,10 @@ def open_source(args: argparse.Namespace) -> Source:
             raise ConfigError(f"{flag} means nothing with --source {args.source}; leave it out")
     if "path" in taken and args.path is None:
         raise ConfigError(f"--source {args.source} needs --path; see llmnorm data prepare --help")
-    return make(args)
+    try:
+        return make(args)
+    except OSError as error:
+        raise DataError(f"{args.path} cannot be read: {error.strerror or error}") from None
 
 
 def _text(args: argparse.Namespace) -> Source:

@@ -7,6 +7,7 @@ documents from the lines found here.
 import gzip
 import hashlib
 import io
+import logging
 import lzma
 import stat
 import zlib
@@ -19,6 +20,9 @@ from ..errors import DataError, EnvironmentProblem
 from .manifest import hash_files
 
 _READ_BLOCK = 1 << 20  # bytes
+_LARGE_INPUT = 1 << 30  # bytes; hashing takes seconds from here on
+
+logger = logging.getLogger(__name__)
 
 
 def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -57,6 +61,9 @@ def _hidden(file: Path, root: Path) -> bool:
 def files_identity(files: list[Path], root: Path) -> dict[str, Any]:
     """Count, bytes and one SHA-256 over relative names and contents, so that change is noticed."""
     base = root if root.is_dir() else root.parent
+    size = sum(file.stat().st_size for file in files)
+    if size >= _LARGE_INPUT:
+        logger.info("hashing the input: %d files, %.1f GB", len(files), size / 1e9)
     lines = sorted(
         f"{sha256}  {file.relative_to(base).as_posix()}\n"
         for file, sha256 in zip(files, hash_files(files), strict=True)
@@ -64,7 +71,7 @@ def files_identity(files: list[Path], root: Path) -> dict[str, Any]:
     return {
         "name": root.resolve().name,
         "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": size,
         "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
     }
 

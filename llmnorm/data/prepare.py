@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -67,11 +67,11 @@ def prepare(
     if source.tokenized and given is None:
         raise ConfigError(f"--source {source.kind} holds token ids: give their --tokenizer")
     request = _request(source, options, given)
-    if _finished(out, request):
-        tidy_after_publishing(out)
-        logger.warning("%s is prepared already, from the same input and options", out)
-        return open_prepared(out)
     try:
+        if _finished(out, request):
+            tidy_after_publishing(out)
+            logger.warning("%s is prepared already, from the same input and options", out)
+            return open_prepared(out)
         with Workspace(out, request, restart) as work:
             tokenizer = _tokenizer(work, source, options, given)
             _write_tokens(work, source, options, tokenizer)
@@ -95,6 +95,10 @@ def _request(
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
+    if out.resolve() == Path.cwd():
+        raise DataError(
+            f"--out {out} is the current folder, which cannot be replaced; name another"
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST_NAME).is_file():
@@ -140,15 +144,13 @@ def _write_tokens(
 ) -> None:
     progress = work.progress
     assert progress is not None
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    eos_token_id = int(tokenizer.eos_token_id)
     writers = {
         split: SplitWriter(
             work.folder,
             split,
-            dtype=dtype,
+            dtype=np.dtype(_dtype(tokenizer)),
             shard_tokens=options.shard_tokens,
-            eos_token_id=eos_token_id,
+            eos_token_id=int(tokenizer.eos_token_id),
             state=progress.splits[split],
         )
         for split in SPLITS
@@ -184,7 +186,7 @@ def _manifest(
         corpus=source.corpus,
         request=work.request,
         split_rule=split_rule(options.val_fraction),
-        dtype="uint16" if len(tokenizer) <= 1 << 16 else "uint32",
+        dtype=_dtype(tokenizer),
         tokenizer=TokenizerEntry(
             origin=_origin(options),
             vocab_size=len(tokenizer),
@@ -196,6 +198,10 @@ def _manifest(
         splits=splits,
         made_with={"tokenizers": tokenizers.__version__},
     )
+
+
+def _dtype(tokenizer: PreTrainedTokenizerFast) -> Literal["uint16", "uint32"]:
+    return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
 def _origin(options: PrepareOptions) -> str:

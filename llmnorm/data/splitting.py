@@ -36,9 +36,9 @@ def is_validation(index: int, every: int) -> bool:
 def assign_splits(
     documents: Iterator[Document], val_fraction: float, start: int = 0
 ) -> Iterator[list[Document]]:
-    """For every source document, the pieces to store, each with its split.
+    """For every source document in order, the pieces to store, each with its split.
 
-    A list is empty for an empty document and has two pieces only for a single document.
+    There are two pieces only for a single document. An empty one may stand in either split.
 
     Args:
         documents: what is left of the source.
@@ -47,20 +47,17 @@ def assign_splits(
     """
     every = round(1 / val_fraction)
     index = start
-    alone: Document | None = None  # the first document, held back until there is a second
+    held: list[Document] = []  # until it is known that the first document is not a single one
     for document in documents:
-        if not len(document.content):
-            yield []
-        elif index == 0:
-            alone, index = document, 1
+        if index == 0 or (len(held) and not len(document.content)):
+            held.append(document)
         else:
-            if alone is not None:
-                yield [_placed(alone, 0, every)]
-                alone = None
+            yield from ([_placed(one, 0, every)] for one in held)
+            held = []
             yield [_placed(document, index, every)]
-            index += 1
-    if alone is not None:
-        yield [alone] if alone.split else _cut(alone, every)
+        index += len(document.content) > 0
+    for one in held:
+        yield _cut(one, every) if len(one.content) and not one.split else [_placed(one, 0, every)]
 
 
 def _placed(document: Document, index: int, every: int) -> Document:

@@ -32,7 +32,7 @@ _COMMIT_SECONDS = 5.0
 class _Batch(NamedTuple):
     pieces: list[Document]  # with their splits
     consumed: int  # source documents in this batch
-    empty: int  # of them without content
+    filled: int  # of them with content
 
 
 def store_tokens(
@@ -79,17 +79,18 @@ def store_tokens(
 
 def _batches(documents: Iterator[list[Document]]) -> Iterator[_Batch]:
     pieces: list[Document] = []
-    consumed = empty = size = 0
+    consumed = filled = size = 0
     for found in documents:
+        length = sum(len(piece.content) for piece in found)
         pieces += found
         consumed += 1
-        empty += not found
-        size += sum(len(piece.content) for piece in found)
+        filled += length > 0
+        size += length
         if size >= _BATCH_SIZE or consumed >= _BATCH_DOCUMENTS:
-            yield _Batch(pieces, consumed, empty)
-            pieces, consumed, empty, size = [], 0, 0, 0
+            yield _Batch(pieces, consumed, filled)
+            pieces, consumed, filled, size = [], 0, 0, 0
     if consumed:
-        yield _Batch(pieces, consumed, empty)
+        yield _Batch(pieces, consumed, filled)
 
 
 def _encoded(
@@ -115,14 +116,14 @@ def _store(
     progress: Progress,
     max_tokens: int | None,
 ) -> None:
-    chosen = ragged.lengths > 0
-    progress.skipped += batch.empty + int((~chosen).sum())
-    if max_tokens is not None:
-        totals = progress.tokens + np.cumsum((ragged.lengths + 1) * chosen)
-        chosen &= totals <= max_tokens
-        progress.full = bool(len(totals) and totals[-1] > max_tokens)
+    stored = np.where(ragged.lengths > 0, ragged.lengths + 1, 0)  # with end-of-text
+    totals = progress.tokens + np.cumsum(stored)
+    affordable = totals <= (max_tokens or totals[-1])
+    progress.full = not affordable[-1]
+    chosen = affordable & (stored > 0)
     for name, writer in writers.items():
-        writer.add(ragged.select(chosen & np.array([p.split == name for p in batch.pieces], bool)))
-    progress.tokens += int(((ragged.lengths + 1) * chosen).sum())
+        writer.add(ragged.select(chosen & np.array([p.split == name for p in batch.pieces])))
+    progress.tokens += int(stored[chosen].sum())
+    progress.skipped += int((affordable & ~chosen).sum())
     progress.consumed += batch.consumed
-    progress.filled += batch.consumed - batch.empty
+    progress.filled += batch.filled

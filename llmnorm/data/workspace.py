@@ -96,10 +96,10 @@ class Workspace:
             sync(path)
         sync(self.folder)
         try:
-            os.rename(self.folder, self.out)
+            os.rename(self.folder, self.out.resolve())
         except OSError as error:
             raise DataError(f"{self.out} cannot take the finished folder: {error}") from None
-        sync(self.out.parent)
+        sync(self.out.resolve().parent)
         remove(self.root)
 
     def _begin(self) -> Progress | None:
@@ -145,7 +145,8 @@ class Workspace:
 
 
 def _root(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
+    place = out.resolve()
+    return place.parent / f".{place.name}.partial"
 
 
 def tidy_after_publishing(out: Path) -> None:

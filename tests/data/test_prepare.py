@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llmnorm.data import PrepareOptions, open_prepared, prepare
-from llmnorm.data.sources import PythonStdlib, Text
-from llmnorm.data.splitting import is_validation
+from llmnorm.data import PrepareOptions, open_prepared, prepare, stream
+from llmnorm.data.sources import Jsonl, PythonStdlib, Text
 from llmnorm.errors import ConfigError, DataError
 
 from .conftest import folder_bytes, make_documents
@@ -72,14 +71,6 @@ def test_an_empty_folder_may_be_filled(text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.fast
-def test_one_of_every_k_documents_is_validation() -> None:
-    held_out = [i for i in range(1000) if is_validation(i, 20)]
-    assert [i // 20 for i in held_out] == list(range(50))
-    assert held_out[0] == 0
-    assert len({i % 20 for i in held_out}) > 10  # not the same place in every row
-
-
-@pytest.mark.fast
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_both_splits_have_documents(tmp_path: Path, count: int) -> None:
     documents = make_documents(count)
@@ -124,11 +115,39 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     rows = ["", "one document", "", "another document", "", "", "a third"]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    from llmnorm.data.sources import Jsonl
-
     prepared = prepare(Jsonl(path, text_column="text"), tmp_path / "out", SMALL)
     assert prepared.manifest.skipped_documents == 4
     assert prepared.split("train").documents + prepared.split("val").documents == 3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("size", [1, 60, 10**6])
+def test_batches_do_not_show_in_the_folder(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = make_documents(80)
+    rows = [text for pair in zip(documents, [""] * 80, strict=True) for text in pair]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    options = PrepareOptions(vocab_size=300, val_fraction=0.1, max_tokens=2000, shard_tokens=300)
+    prepare(Jsonl(path, text_column="text"), tmp_path / "whole", options)
+    monkeypatch.setattr(stream, "_BATCH_SIZE", size)
+    prepare(Jsonl(path, text_column="text"), tmp_path / "small", options)
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.fast
+def test_a_link_may_be_filled_but_not_the_current_folder(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    prepare(Text(text_file, whole_files=False), tmp_path / "link", SMALL)
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(DataError, match="is the current folder"):
+        prepare(Text(text_file, whole_files=False), ".", SMALL)
 
 
 @pytest.mark.fast
