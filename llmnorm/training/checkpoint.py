@@ -17,7 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,19 @@ class Checkpoints:
         Raises:
             CheckpointError: if a rank could not write; nothing of the attempt is left.
         """
-        hidden = self.root / f".step_{step:08d}.writing"
-        self.ranks.on_main(lambda: self._open_hidden(hidden))
+        folder, hidden = self.root / f"step_{step:08d}", self.root / f".step_{step:08d}.writing"
+        self.ranks.on_main(lambda: self._told(folder, lambda: self._open_hidden(hidden)))
         reports = self.ranks.gather(self._write_own(hidden, pieces, state))
-        folder = self.root / f"step_{step:08d}"
-        self.ranks.on_main(lambda: self._publish(hidden, folder, step, reports))
+        publish = partial(self._publish, hidden, folder, step, reports)
+        self.ranks.on_main(lambda: self._told(folder, publish))
         return folder
+
+    def _told(self, folder: Path, work: Callable[[], None]) -> None:
+        """Do `work`; what the disk refuses becomes one line."""
+        try:
+            work()
+        except OSError as error:
+            raise CheckpointError(f"saving {folder} failed: {error}") from error
 
     def _open_hidden(self, hidden: Path) -> None:
         """Make an empty hidden folder; clear what an earlier, killed save left."""

@@ -53,7 +53,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._check(config)
-            shutil.rmtree(self.final_in_making, ignore_errors=True)
+            if not self.final.is_dir():
+                (self.path / "exit.json").unlink(missing_ok=True)  # of the start before
+                shutil.rmtree(self.final_in_making, ignore_errors=True)
             (self.path / "eval").mkdir(exist_ok=True)
             write_durably(self.config_file, config.to_yaml())
         except OSError as error:
@@ -125,12 +127,11 @@ class RunDirectory:
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) where two run files would give other numbers."""
-    free = ("output.", "log.", "checkpoint.", "eval.", "data.path", "data.num_workers")
-    before, after = (flatten(yaml.safe_load(config.to_yaml())) for config in (old, new))
+    before, after = flatten(old.numbers()), flatten(new.numbers())
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(free)
+        if before.get(key) != after.get(key)
     ]
 
 

@@ -16,7 +16,7 @@ from llmnorm.build import self_test
 from llmnorm.config import RunConfig
 from llmnorm.errors import LlmNormError
 from llmnorm.evaluation.perplexity import score_documents
-from llmnorm.training import environment, setup
+from llmnorm.training import assembly, environment
 from llmnorm.training.checkpoint import Checkpoints, read_rng, read_state
 from llmnorm.training.compiling import compile_blocks, decide_compile
 from llmnorm.training.directory import RunDirectory, remember_start, tracker_config
@@ -101,7 +101,7 @@ class Trainer:
         self.build()
         self.resume()
         self.ranks.on_main(self.open_reporter)
-        batches = setup.make_batches(self.config, self.data, self.plan, self.ranks)
+        batches = assembly.make_batches(self.config, self.data, self.plan, self.ranks)
         begun = time.perf_counter()
         for micro_batches in islice(batches.iterate(self.step), self.plan.steps - self.step):
             result, stopping = self.take_step(micro_batches)
@@ -125,15 +125,15 @@ class Trainer:
         config, training = self.config, self.config.training
         seed_generators(training.seed)
         prefer_determinism(self.device)
-        self.data = setup.open_data(config, self.ranks)
-        self.plan = setup.make_plan(config, self.ranks.world)
-        self.model = setup.make_model(config, self.data)
+        self.data = assembly.open_data(config, self.ranks)
+        self.plan = assembly.make_plan(config, self.ranks.world)
+        self.model = assembly.make_model(config, self.data)
         self.found = self.find_checkpoint()
         start = environment.start_record(self.ranks)
         self.facts = self.ranks.on_main(
             lambda: remember_start(self.directory.environment_file, self.describe, start)
         )
-        setup.check_same_data(self.facts, self.data, self.directory.path)
+        assembly.check_same_data(self.facts, self.data, self.directory.path)
         self.precision = Precision(**{**self.facts["precision"], "device_type": self.device.type})
         objective = Objective(self.model)
         if training.activation_checkpointing:
@@ -165,7 +165,7 @@ class Trainer:
             tokens=self.plan.micro_batch_size * self.config.data.seq_len,
         )
         return {
-            **setup.describe_run(self.config, self.data, self.plan, self.model),
+            **assembly.describe_run(self.config, self.data, self.plan, self.model),
             "optimizer": describe_groups(self.model, self.config.optimizer),
             "precision": asdict(precision),
         }
@@ -230,7 +230,7 @@ class Trainer:
 
     def validate(self) -> Record:
         """Score the validation documents (of which there may be none) in the run's precision."""
-        documents = setup.validation_documents(self.data, self.config.eval.max_documents)
+        documents = assembly.validation_documents(self.data, self.config.eval.max_documents)
         if documents is None:
             return {}
         with self.precision.autocast():

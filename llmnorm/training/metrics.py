@@ -27,8 +27,8 @@ from rich.progress import (
 )
 
 from llmnorm.errors import EnvironmentProblem
+from llmnorm.training.assembly import Plan
 from llmnorm.training.durable import write_durably
-from llmnorm.training.setup import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -100,29 +100,41 @@ def test_a_run_continues_in_another_world_with_the_same_data_and_loss(
             assert record["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_processes_killed_in_the_middle_continue_bit_for_bit(
+# Rank 1 gets a signal before a step: the process ends, or both ranks save and leave.
+SIGNALLED = """
+import os, signal, sys
+from llmnorm.config import load_run_config
+from llmnorm.training import loop
+
+number, step = getattr(signal, sys.argv[1]), int(sys.argv[2])
+real = loop.Trainer.take_step
+
+def take_step(self, batches):
+    if self.step == step and self.ranks.rank == 1:
+        os.kill(os.getpid(), number)
+    return real(self, batches)
+
+loop.Trainer.take_step = take_step
+loop.train(load_run_config(None, sys.argv[3:]))
+"""
+
+
+def test_two_processes_stopped_and_killed_by_one_ranks_signal_continue_bit_for_bit(
     data: Prepared, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    changes = {"training__max_steps": 12, "checkpoint__interval_steps": 2}
+    straight, ended = tmp_path / "straight", tmp_path / "ended"
+    changes = {"training__max_steps": 10, "checkpoint__interval_steps": 2}
     run_ranks(PRETRAIN, *_words(data, straight, **changes))
-    spy = tmp_path / "spy.py"  # rank 1 dies by SIGKILL at the fifth step, the other is killed
-    spy.write_text(
-        "import os, signal, sys\n"
-        "from llmnorm.training import loop\n"
-        "real = loop.Trainer.take_step\n"
-        "def take_step(self, batches):\n"
-        "    if self.step == 5 and self.ranks.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, batches)\n"
-        "loop.Trainer.take_step = take_step\n"
-        "from llmnorm.config import load_run_config\n"
-        "loop.train(load_run_config(None, sys.argv[1:]))\n"
-    )
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    run_ranks(script, "SIGTERM", 2, *_words(data, ended, **changes))
+    leaving = json.loads((ended / "exit.json").read_text())
+    assert (leaving["code"], leaving["step"]) == (75, 3)
+    verify(ended / "checkpoints" / "step_00000003")
     with pytest.raises(AssertionError, match="a rank failed"):
-        run_ranks(spy, *_words(data, killed, **changes))
-    run_ranks(PRETRAIN, *_words(data, killed, **changes))
-    assert numbers(killed) == numbers(straight)
+        run_ranks(script, "SIGKILL", 7, *_words(data, ended, **changes))
+    run_ranks(PRETRAIN, *_words(data, ended, **changes))
+    assert numbers(ended) == numbers(straight)
 
 
 def test_each_gradient_is_that_of_the_global_mean_in_float64(
@@ -151,6 +163,8 @@ def test_each_gradient_is_that_of_the_global_mean_in_float64(
 
 GRADIENTS = """
 import sys
+import weakref
+
 import torch
 from llmnorm import build_config, build_model
 from llmnorm.training.engines import choose_engine
@@ -176,7 +190,14 @@ count, = engine.ranks.sums(own)
 engine.backward(batches, count)
 if engine.ranks.is_main:
     torch.save({n: p.grad for n, p in model.named_parameters()}, sys.argv[1] + "/gradients.pt")
+
+# DDP must be gone before its group, or the group's teardown may wait for ever
+alive, destroy = weakref.ref(engine.wrapped), torch.distributed.destroy_process_group
+seen = []
+torch.distributed.destroy_process_group = lambda *a: (seen.append(alive()), destroy(*a))
 engine.finish(None)
+assert seen == [None], seen
+assert not torch.distributed.is_initialized()
 """
 
 
