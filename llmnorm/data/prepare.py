@@ -95,11 +95,9 @@ def _request(
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
-    if out.resolve() == Path.cwd():
-        raise DataError(
-            f"--out {out} is the current folder, which cannot be replaced; name another"
-        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if out.resolve() == Path.cwd():
+            raise DataError(f"--out {out} is the current folder, which cannot be replaced")
         return False
     if not (out / MANIFEST_NAME).is_file():
         raise DataError(f"{out} exists and is not a prepared folder; choose another --out")

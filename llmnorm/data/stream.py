@@ -23,7 +23,7 @@ from .splitting import assign_splits
 from .tokenizer import Encoder, check_ids
 from .workspace import Progress, Workspace
 
-_BATCH_SIZE = 1 << 21  # characters (or tokens of a tokenized source) in a batch
+_BATCH_SIZE = 1 << 19  # characters (or tokens of a tokenized source) in a batch
 _BATCH_DOCUMENTS = 1 << 14
 _BATCHES_AHEAD = 2
 _COMMIT_SECONDS = 5.0
