@@ -18,7 +18,7 @@ from llmnorm.errors import ConfigError
 from llmnorm.modeling.configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
-from llmnorm.modeling.operations import list_norms, operation
+from llmnorm.modeling.operations import list_norms, operation, read_choice
 from llmnorm.modeling.residual import NormSpec
 from llmnorm.placements import PLACEMENTS, Placement, Site, parse_placement
 from llmnorm.resources import preset_folder, suggest
@@ -60,9 +60,8 @@ def build_config(
     try:
         rule, spec = parse_placement(placement), _parse_norm(norm)
         fields_ = {**shape, **overrides, "norm": spec.to_dict(), "placement": rule.to_dict()}
-        fields_["init"] = overrides.get("init", rule.init)
-        default_embedding = "scale" if spec.pointwise else rule.embedding
-        fields_["embedding"] = overrides.get("embedding", default_embedding)
+        fields_.setdefault("init", rule.init)
+        fields_.setdefault("embedding", "scale" if spec.pointwise else rule.embedding)
         config = LlmNormConfig(**fields_)
         _resolve(config, rule, spec)
     except (ValueError, TypeError) as error:
@@ -80,7 +79,7 @@ def build_model(config: LlmNormConfig, *, seed: int = 0) -> LlmNormForCausalLM:
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs too
             model = LlmNormForCausalLM(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -102,7 +101,7 @@ def cite(config: LlmNormConfig) -> str:
 
 
 def _parse_norm(norm: str | Mapping[str, Any]) -> NormSpec:
-    op = norm if isinstance(norm, str) else norm.get("op")
+    op = read_choice("norm", norm, "op").get("op")
     if op not in list_norms():
         raise ConfigError(f"unknown norm {op!r}{suggest(str(op), list_norms())}")
     return NormSpec.parse(norm)
@@ -161,7 +160,18 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     config.residuals = residuals
     config.final_norm = None if final is None else final.to_dict()
     config.wiring = config.seal()
-    config.residual_specs()
+    _try_out(config)
+
+
+def _try_out(config: LlmNormConfig) -> None:
+    """Build what each slot holds once, on the meta device: its options are checked there."""
+    specs = [config.final_norm_spec(), config.embedding_spec().norm]
+    for attn, mlp in config.residual_specs():
+        specs += [*attn.slots().values(), *mlp.slots().values()]
+    distinct = {json.dumps(spec.to_dict()): spec for spec in specs if spec is not None}
+    with torch.device("meta"):
+        for spec in distinct.values():
+            spec.build(spec.options.get("heads", 1))
 
 
 def _warn_if_doubtful(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:

@@ -15,7 +15,7 @@ from llmnorm.errors import SelfTestError
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.gains import EmbeddingScale
 from llmnorm.modeling.initialization import expected_std
-from llmnorm.modeling.modeling_llmnorm import embedding_scale
+from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM, embedding_scale
 from llmnorm.modeling.operations import operation
 from llmnorm.modeling.residual import NormSpec
 
@@ -35,14 +35,19 @@ def self_test(model: nn.Module, *, fresh: bool) -> None:
         SelfTestError: naming the module and what was promised.
     """
     causal: Any = model
-    while hasattr(causal, "module"):
-        causal = causal.module
-    for name, slot, spec in _slots(causal, causal.config):
-        _check_slot(name, slot, spec, fresh=fresh)
-    _check_embedding(causal, fresh=fresh)
-    _check_buffers_and_dtypes(causal)
+    while not isinstance(causal, LlmNormForCausalLM):
+        inner = getattr(causal, "module", getattr(causal, "_orig_mod", None))
+        if inner is None:
+            raise SelfTestError(f"{type(causal).__name__} is no llmnorm model")
+        causal = inner
+    slots = list(_slots(causal, causal.config))
+    for name, slot, spec in slots:
+        _check_slot(name, slot, spec)
+    _check_embedding(causal)
+    _check_buffers(causal)
+    _check_parameters(causal)
     if fresh:
-        _check_matrices(causal)
+        _check_values(causal, slots)
 
 
 def _slots(model: Any, config: LlmNormConfig) -> Iterator[tuple[str, nn.Module, NormSpec | None]]:
@@ -73,35 +78,37 @@ def _slots(model: Any, config: LlmNormConfig) -> Iterator[tuple[str, nn.Module, 
     yield "model.embedding_norm", trunk.embedding_norm, config.embedding_spec().norm
 
 
-def _check_slot(name: str, slot: nn.Module, spec: NormSpec | None, *, fresh: bool) -> None:
+def _check_slot(name: str, slot: nn.Module, spec: NormSpec | None) -> None:
     promised = nn.Identity if spec is None else operation(spec.op)
     if type(slot) is not promised:
         raise SelfTestError(
             f"{name} is {type(slot).__name__}; the scheme promises {promised.__name__}"
         )
-    if spec is None:
-        return
-    reference = spec.build(spec.options.get("heads", 1))
-    for key, value in vars(reference).items():
+    for key, value in vars(_reference(spec)).items():
         if isinstance(value, float | int | str) and not key.startswith("_") and key != "training":
             found = getattr(slot, key, None)
             if found != value:
                 raise SelfTestError(f"{name}.{key} is {found!r}; the scheme promises {value!r}")
-    found_parameters = {key for key, _ in slot.named_parameters()}
-    promised_parameters = {key for key, _ in reference.named_parameters()}
-    if found_parameters != promised_parameters:
-        raise SelfTestError(
-            f"{name} has parameters {sorted(found_parameters)}; "
-            f"the scheme promises {sorted(promised_parameters)}"
-        )
-    if fresh:
-        for key, parameter in slot.named_parameters():
-            _check_constant(f"{name}.{key}", parameter, reference.get_parameter(key)[0].item())
+
+
+def _reference(spec: NormSpec | None) -> nn.Module:
+    """What a spec builds, one feature (or one a head) wide."""
+    return nn.Identity() if spec is None else spec.build(spec.options.get("heads", 1))
+
+
+def _check_values(model: Any, slots: list[tuple[str, nn.Module, NormSpec | None]]) -> None:
+    """What training changes, as it should be before: parameters of slots, scale, matrices."""
+    for name, slot, spec in slots:
+        for key, promised in _reference(spec).named_parameters():
+            _check_constant(f"{name}.{key}", slot.get_parameter(key), promised[0].item())
+    scale = model.model.embedding_scale
+    if isinstance(scale, EmbeddingScale):
+        twin: Any = embedding_scale(model.config.embedding_spec(), model.config)
+        _check_constant("model.embedding_scale.weight", scale.weight, twin.value)
+    _check_matrices(model)
 
 
 def _check_constant(name: str, parameter: Any, promised: float) -> None:
-    if parameter.is_meta:
-        raise SelfTestError(f"{name} was never initialized: it is still on the meta device")
     values = _local(parameter).detach()
     wanted = torch.tensor(promised, dtype=values.dtype, device=values.device)
     if not torch.equal(values, wanted.expand_as(values)):
@@ -109,24 +116,38 @@ def _check_constant(name: str, parameter: Any, promised: float) -> None:
         raise SelfTestError(f"{name} starts at {seen:.6g}; the scheme promises {promised:.6g}")
 
 
-def _check_embedding(model: Any, *, fresh: bool) -> None:
-    config: LlmNormConfig = model.config
-    promised = embedding_scale(config.embedding_spec(), config)
-    found = model.model.embedding_scale
+def _check_embedding(model: Any) -> None:
+    spec = model.config.embedding_spec()
+    promised, found = embedding_scale(spec, model.config), model.model.embedding_scale
     if type(found) is not type(promised):
         raise SelfTestError(
             f"model.embedding_scale is {type(found).__name__}; "
-            f"embedding {config.embedding_spec().treatment!r} promises {type(promised).__name__}"
+            f"embedding {spec.treatment!r} promises {type(promised).__name__}"
         )
-    if fresh and isinstance(promised, EmbeddingScale):
-        _check_constant("model.embedding_scale.weight", found.weight, promised.value)
 
 
-def _check_buffers_and_dtypes(model: nn.Module) -> None:
+def _check_buffers(model: nn.Module) -> None:
     for name, _ in model.named_buffers():
         raise SelfTestError(f"{name} is a buffer; constants of a scheme are plain numbers")
+
+
+def _check_parameters(model: Any) -> None:
+    """Names, shapes and ties as the config asks; all there, all of one dtype."""
+    with torch.device("meta"):
+        promised = dict(type(model)(model.config).named_parameters())
+    found = dict(model.named_parameters())
+    for name in sorted(promised.keys() ^ found.keys()):
+        state = "is missing or shared" if name in promised else "is a parameter"
+        raise SelfTestError(f"{name} {state}; the config promises otherwise")
     dtypes: dict[torch.dtype, str] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in found.items():
+        if parameter.shape != promised[name].shape:
+            raise SelfTestError(
+                f"{name} has shape {tuple(parameter.shape)}; "
+                f"the config promises {tuple(promised[name].shape)}"
+            )
+        if parameter.is_meta:
+            raise SelfTestError(f"{name} was never initialized: it is still on the meta device")
         dtypes.setdefault(parameter.dtype, name)
     if len(dtypes) > 1:
         kinds = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())

@@ -154,7 +154,6 @@ def test_the_norm_of_the_embedding_is_the_schemes_or_the_one_given() -> None:
     assert other.model.embedding_norm.eps == 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="the given norm is not resolved at its site: alpha is 1.0")
 def test_a_given_norm_of_the_embedding_takes_alpha_from_the_table() -> None:
     wide = {**SHAPE, "hidden_size": 2048, "num_hidden_layers": 1}
     config = build_config(wide, embedding={"treatment": "norm", "norm": "dyt"})
@@ -258,7 +257,6 @@ def test_anything_unknown_raises_a_config_error_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError or TypeError, or Python's own words")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -296,7 +294,6 @@ def test_an_impossible_value_of_a_norms_option_raises_before_there_is_a_model(
         build_model(build_config(SHAPE, norm=norm))
 
 
-@pytest.mark.xfail(strict=True, reason="values of a norm's options are checked when it is built")
 @pytest.mark.parametrize(
     "norm",
     [
@@ -315,7 +312,6 @@ def test_an_impossible_value_of_a_norms_option_is_refused_with_the_config(
         build_config(SHAPE, norm=norm)
 
 
-@pytest.mark.xfail(strict=True, reason="built without complaint; the first forward fails")
 def test_a_scale_that_is_no_number_is_refused_before_there_is_a_model() -> None:
     with pytest.raises(ConfigError, match="scale"):
         build_model(build_config(SHAPE, norm={"op": "rmsnorm", "scale": "2"}))
@@ -376,7 +372,6 @@ def test_overrides_win_over_the_base() -> None:
     assert (config.vocab_size, len(config.residuals), config.tie_word_embeddings) == (101, 6, True)
 
 
-@pytest.mark.xfail(strict=True, reason="init and embedding of a mapping are dropped silently")
 @pytest.mark.parametrize(("field", "value"), [("init", "scaled"), ("embedding", "scale")])
 def test_a_choice_in_the_base_mapping_is_kept(field: str, value: str) -> None:
     assert getattr(build_config({**SHAPE, field: value}), field) == value

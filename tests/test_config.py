@@ -440,7 +440,13 @@ CHANGED = {
     "log.trackers": "[wandb]",
     "output.dir": "elsewhere",
 }
-KEEPS_NUMBERS = {"data.path", "data.num_workers"}
+KEEPS_NUMBERS = {
+    "data.path",
+    "data.num_workers",
+    "training.micro_batch_size",
+    "training.compile",
+    "training.activation_checkpointing",
+}
 
 
 @pytest.mark.parametrize("path", leaves(RunConfig), ids=".".join)

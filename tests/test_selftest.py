@@ -157,14 +157,11 @@ def test_a_wrong_number_of_layers_raises(layers: int) -> None:
 def test_lost_and_added_parameters_of_a_norm_are_named() -> None:
     model = fresh(norm="layernorm")
     model.model.layers[1].attn_residual.pre.bias = None
-    message = (
-        r"model\.layers\.1\.attn_residual\.pre has parameters \['weight'\]; "
-        r"the scheme promises \['bias', 'weight'\]"
-    )
+    message = r"model\.layers\.1\.attn_residual\.pre\.bias is missing or shared"
     assert_broken(model, message, trained_too=True)
     model = fresh(norm={"op": "layernorm", "bias": False})
     model.model.norm.bias = nn.Parameter(torch.zeros(64))
-    assert_broken(model, r"model\.norm has parameters \['bias', 'weight'\]", trained_too=True)
+    assert_broken(model, r"model\.norm\.bias is a parameter; the config promises", trained_too=True)
 
 
 def test_an_embedding_scale_lost_or_added_is_named() -> None:
@@ -371,7 +368,7 @@ def on_meta(**scheme: Any) -> LlmNormForCausalLM:
 
 
 def test_a_model_left_on_the_meta_device_is_named() -> None:
-    with pytest.raises(SelfTestError, match=r"attn_residual\.pre\.weight was never initialized"):
+    with pytest.raises(SelfTestError, match=r"embed_tokens\.weight was never initialized"):
         self_test(on_meta(), fresh=True)
 
 
@@ -384,7 +381,6 @@ def test_memory_that_was_never_filled_is_no_initialization() -> None:
         self_test(model, fresh=True)
 
 
-@pytest.mark.xfail(strict=True, reason="only norms are checked for it; `.item()` fails on a matrix")
 @pytest.mark.parametrize("fresh_", [True, False])
 def test_any_parameter_left_on_the_meta_device_is_named(fresh_: bool) -> None:
     model = fresh()
@@ -413,7 +409,6 @@ def share(model: Any) -> None:
     model.model.layers[1].attn_residual.pre = model.model.layers[0].attn_residual.pre
 
 
-@pytest.mark.xfail(strict=True, reason="not checked")
 @pytest.mark.parametrize(
     ("scheme", "break_it", "named"),
     [

@@ -1,22 +1,16 @@
 """Ask the model code whether the names, options and fields of a run file's model section exist."""
 
-import inspect
-import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import llmnorm.build
-from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
-from llmnorm.modeling.operations import list_norms, operation
-from llmnorm.placements import PLACEMENTS, list_placements
+from llmnorm.modeling.operations import list_norms
+from llmnorm.placements import list_placements
 from llmnorm.resources import list_presets, preset_folder, suggest
 
 if TYPE_CHECKING:
@@ -68,12 +62,6 @@ def check_build(key: str, value: Any, earlier: Mapping[str, Any]) -> None:
     """
     if "preset" not in earlier:
         return
-    if key == "norm":
-        parameters = inspect.signature(operation(value.op)).parameters.values()
-        _check_kinds(value.model_extra, {p.name: p.default for p in parameters})
-    if key == "placement":
-        known = fields(PLACEMENTS[value.name])
-        _check_kinds(value.model_extra, {option.name: option.default for option in known})
     if key == "overrides":
         _check_overrides(value)
     parts = {"norm": None, "placement": None, "overrides": {}} | dict(earlier) | {key: value}
@@ -105,35 +93,12 @@ def _problem(parts: Mapping[str, Any]) -> str | None:
     """What the build says against these parts of the model section; None when it succeeds."""
     with _without_warnings():
         try:
-            _build_slots(llmnorm.build.build_config(**build_arguments(**parts)))
+            llmnorm.build.build_config(**build_arguments(**parts))
         except ValueError as error:
             return re.sub(r"\s+", " ", str(error))
         except Exception as error:  # a value of a wrong kind may fail anywhere in transformers
             return f"no model can be built from this ({type(error).__name__}: {error})"
     return None
-
-
-def _build_slots(config: LlmNormConfig) -> None:
-    """Construct what the slots hold, on the meta device: options are checked at construction."""
-    sites = [site for layer in config.residual_specs() for site in layer]
-    specs = [config.final_norm_spec(), config.embedding_spec().norm]
-    for site in sites:
-        specs += site.slots().values()
-    distinct = {json.dumps(spec.to_dict()): spec for spec in specs if spec is not None}
-    with torch.device("meta"):
-        for spec in distinct.values():
-            spec.build(config.hidden_size)
-
-
-def _check_kinds(options: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> None:
-    """Compare the kind of each option (and of each value in a mapping) with its default's."""
-    for name, given in (options or {}).items():
-        kind = type(defaults.get(name))
-        expected = {bool: "true or false", str: "text", int: "a number", float: "a number"}
-        kinds = (int, float) if kind in (int, float) else (kind,)
-        for value in given.values() if isinstance(given, dict) else [given]:
-            if kind in expected and type(value) not in kinds:
-                raise ValueError(f"{name} is {given!r}; expected {expected[kind]}")
 
 
 def _check_name(value: str, known: list[str], kind: str) -> str:

@@ -279,18 +279,28 @@ class RunConfig(Section):
         """Return the resolved run file: every key, with the value that the run uses."""
         return dump_document(self.model_dump(mode="json"))
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of everything here that changes a run's numbers.
+    def numbers(self) -> dict[str, Any]:
+        """Return the keys that change a run's numbers, as JSON.
 
-        Not output, log, checkpoint, eval, data.num_workers; data.path and model.preset stand for
-        content: the data's own fingerprint is recorded apart, the preset's shape is hashed here.
+        Not output, log, checkpoint, eval; not how a step is computed (micro-batches, compilation,
+        recomputation, workers), which may differ when a run continues elsewhere.
         """
-        values = self.model_dump(mode="json", exclude={"output", "log", "checkpoint", "eval"})
-        values["data"] = {k: v for k, v in values["data"].items() if k not in _PLACES}
+        return self.model_dump(mode="json", exclude=_FREE)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of `numbers`, with the preset's shape for its name.
+
+        The data's own fingerprint is recorded apart, so data.path is not in it.
+        """
+        values = self.numbers()
         shape = choices.preset_path(self.model.preset) / "config.json"
         values["model"]["preset"] = json.loads(shape.read_text())
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_PLACES = ("path", "num_workers")
+_FREE: dict[str, Any] = {
+    **dict.fromkeys(("output", "log", "checkpoint", "eval"), True),
+    "data": {"path", "num_workers"},
+    "training": {"micro_batch_size", "compile", "activation_checkpointing"},
+}

@@ -10,14 +10,15 @@ the one placement that needs no rule; presets hold shapes only and rely on it.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .initialization import InitSpec
-from .residual import NormSpec, ResidualSpec
+from .operations import check_kind, read_choice
+from .residual import NormSpec, ResidualSpec, parse_layer
 from .rotary import POSITIONS
 
 EMBEDDINGS = ("raw", "scale", "norm")
@@ -40,7 +41,7 @@ class EmbeddingSpec:
     @classmethod
     def parse(cls, value: str | Mapping[str, Any]) -> "EmbeddingSpec":
         """Read a treatment's name or a mapping; anything unknown raises ValueError."""
-        given: dict[str, Any] = {"treatment": value} if isinstance(value, str) else dict(value)
+        given = read_choice("embedding", value, "treatment")
         unknown = sorted(set(given) - {"treatment", "init", "norm"})
         if unknown:
             raise ValueError(
@@ -49,12 +50,11 @@ class EmbeddingSpec:
         if given.get("norm") is not None:
             given["norm"] = NormSpec.parse(given["norm"])
         spec = cls(**given)
-        if spec.treatment not in EMBEDDINGS:
-            known = ", ".join(EMBEDDINGS)
-            raise ValueError(f"embedding is {spec.treatment!r}; expected one of {known}")
-        if spec.init not in SCALE_INITS:
-            known = ", ".join(SCALE_INITS)
-            raise ValueError(f"embedding.init is {spec.init!r}; expected one of {known}")
+        _one_of("embedding", spec.treatment, EMBEDDINGS)
+        _one_of("embedding.init", spec.init, SCALE_INITS)
+        for key, treatment in (("init", "scale"), ("norm", "norm")):
+            if key in given and spec.treatment != treatment:
+                raise ValueError(f"embedding.{key} is for treatment {treatment!r} alone")
         return spec
 
 
@@ -116,33 +116,27 @@ class LlmNormConfig(PreTrainedConfig):
             raise ValueError(
                 "rms_norm_eps is not read; set it in the norm: {op: rmsnorm, eps: ...}"
             )
+        if "rope_theta" in kwargs:
+            self.rope_parameters = {**(self.rope_parameters or {})}
+            self.rope_parameters["rope_theta"] = kwargs.pop("rope_theta")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self._check_whole("hidden_size", "num_attention_heads")
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlmNormConfig":
         """As in transformers, but overrides pass through construction and its checks."""
-        own = {f.name for f in fields(cls)} & set(kwargs)
+        own = ({f.name for f in fields(cls)} | {"rope_theta", "rms_norm_eps"}) & set(kwargs)
         return super().from_dict({**config_dict, **{k: kwargs.pop(k) for k in own}}, **kwargs)
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot be; also called by the model."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+        self._check_whole("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        self._check_whole("num_attention_heads", "num_key_value_heads", "head_dim")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -155,11 +149,30 @@ class LlmNormConfig(PreTrainedConfig):
         _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE needs an even one")
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(f"rope_type is {rope_type!r}; only 'default' is implemented")
+        self._check_rope()
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_cache"):
+            check_kind(name, getattr(self, name), like=True)
+        check_kind("attention_dropout", self.attention_dropout, like=0.0)
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout is {self.attention_dropout!r}; expected 0 to 1")
         InitSpec.parse(self.init)
         EmbeddingSpec.parse(self.embedding)
+
+    def _check_whole(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type is {rope['rope_type']!r}; only 'default' is implemented")
+        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        if unknown:
+            raise ValueError(f"rope_parameters.{unknown[0]} is not implemented; only rope_theta is")
+        if not (isinstance(rope["rope_theta"], int | float) and rope["rope_theta"] > 0):
+            raise ValueError(f"rope_parameters.rope_theta is {rope['rope_theta']!r}; expected > 0")
 
     def residual_specs(self) -> list[tuple[ResidualSpec, ResidualSpec]]:
         """The specs of (attention, mlp) of every layer, resolved on use.
@@ -176,10 +189,7 @@ class LlmNormConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}; apply the placement again (llmnorm.build_config)"
             )
         self._check_seal()
-        return [
-            (ResidualSpec.parse(layer["attn"]), ResidualSpec.parse(layer["mlp"]))
-            for layer in self.residuals
-        ]
+        return [parse_layer(layer) for layer in self.residuals]
 
     def final_norm_spec(self) -> NormSpec | None:
         """The norm before the head, or None."""
@@ -190,18 +200,16 @@ class LlmNormConfig(PreTrainedConfig):
     def embedding_spec(self) -> EmbeddingSpec:
         """The treatment of the embedding; its norm defaults to the scheme's."""
         spec = EmbeddingSpec.parse(self.embedding)
-        if spec.treatment != "norm" or spec.norm is not None:
+        if spec.treatment != "norm":
             return spec
-        if self.norm is None:
-            raise ValueError(
-                "embedding is 'norm' without a norm; give {treatment: norm, norm: ...}"
-            )
-        norm = NormSpec.parse(self.norm).at("final", self.hidden_size)
-        return EmbeddingSpec(treatment="norm", init=spec.init, norm=norm)
+        norm = self.norm if spec.norm is None else spec.norm
+        if norm is None:
+            raise ValueError("embedding is 'norm' without a norm: {treatment: norm, norm: ...}")
+        return replace(spec, norm=NormSpec.parse(norm).at("final", self.hidden_size))
 
     def qk_norm_spec(self) -> NormSpec | None:
         """The norm on queries and keys that `qk_norm` asks for, or None."""
-        given = {"layout": self.qk_norm} if isinstance(self.qk_norm, str) else dict(self.qk_norm)
+        given = read_choice("qk_norm", self.qk_norm, "layout")
         layout = given.pop("layout", "none")
         _one_of("qk_norm", layout, QK_NORMS)
         if layout == "none":
@@ -233,10 +241,10 @@ class LlmNormConfig(PreTrainedConfig):
             )
 
     def _default_residuals(self) -> tuple[ResidualSpec, ResidualSpec]:
-        name = self.placement if isinstance(self.placement, str) else self.placement.get("name")
-        if name != "pre_ln" or self.final_norm is not None:
+        if self.placement not in ("pre_ln", {"name": "pre_ln"}) or self.final_norm is not None:
             raise ValueError(
-                f"placement {name!r} has no residuals; make the config with llmnorm.build_config"
+                f"placement {self.placement!r} has no residuals; make the config with "
+                "llmnorm.build_config"
             )
         norm, qk = NormSpec.parse(self.norm), self.qk_norm_spec()
         return (

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .operations import read_choice
+
 # Branch matrices whose std a residual-aware policy changes.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 _VALUE_PATH = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,15 +85,16 @@ class InitSpec:
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any]") -> "InitSpec":
         """Read the field; an unknown policy or key raises ValueError."""
-        given = {"policy": value} if isinstance(value, str) else dict(value)
+        given = read_choice("init", value, "policy")
         unknown = sorted(set(given) - {"policy", "embedding_std"})
         if unknown:
             raise ValueError(f"init has no key {unknown[0]!r}; its keys: policy, embedding_std")
         spec = cls(**given)
         if spec.policy not in INIT_POLICIES:
             raise ValueError(f"unknown init {spec.policy!r}; known: {', '.join(INIT_POLICIES)}")
-        if spec.embedding_std is not None and not spec.embedding_std > 0:
-            raise ValueError(f"init.embedding_std is {spec.embedding_std!r}; expected above 0")
+        std = spec.embedding_std
+        if std is not None and not (isinstance(std, int | float) and std > 0):
+            raise ValueError(f"init.embedding_std is {std!r}; expected a number above 0")
         return spec
 
 

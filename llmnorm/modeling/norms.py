@@ -71,11 +71,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x.to(compute_dtype(x))
+        gain = self.scale if self.weight is None else self.scale * self.weight.to(h.dtype)
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.cast == "input":
             h = h.to(x.dtype)
-        weight = 1.0 if self.weight is None else self.weight
-        return ((self.scale * weight) * h).to(x.dtype)
+        return (gain * h).to(x.dtype)
 
 
 @register_norm("layernorm")
@@ -125,10 +125,9 @@ class LayerNorm(nn.Module):
         h = x.to(compute_dtype(x))
         h = h - h.mean(-1, keepdim=True)
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        weight = 1.0 if self.weight is None else self.weight
-        h = (self.scale * weight) * h
+        h = (self.scale if self.weight is None else self.scale * self.weight.to(h.dtype)) * h
         if self.bias is not None:
-            h = h + self.scale * self.bias
+            h = h + self.scale * self.bias.to(h.dtype)
         return h.to(x.dtype)
 
 
@@ -215,9 +214,10 @@ class DyT(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = (self.scale * self.weight) * torch.tanh(self.alpha * x.to(compute_dtype(x)))
+        h = torch.tanh(self.alpha * x.to(compute_dtype(x)))
+        h = (self.scale * self.weight.to(h.dtype)) * h
         if self.bias is not None:
-            h = h + self.scale * self.bias
+            h = h + self.scale * self.bias.to(h.dtype)
         return h.to(x.dtype)
 
 
@@ -273,7 +273,8 @@ class Derf(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = (self.scale * self.weight) * torch.erf(self.alpha * x.to(compute_dtype(x)) + self.shift)
+        h = torch.erf(self.alpha * x.to(compute_dtype(x)) + self.shift)
+        h = (self.scale * self.weight.to(h.dtype)) * h
         if self.bias is not None:
-            h = h + self.scale * self.bias
+            h = h + self.scale * self.bias.to(h.dtype)
         return h.to(x.dtype)

@@ -68,14 +68,33 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         if key not in known:
             allowed = ", ".join(known) or "none"
             raise ValueError(f"{name} has no option {key!r}; its options: {allowed}")
-        default = known[key].default
-        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
-            raise ValueError(f"{name}.{key} is {value!r}; expected a value like {default!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}.{key} is {value!r}; expected a finite number")
+        check_kind(f"{name}.{key}", value, like=known[key].default)
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ValueError(f"{name} needs the option {key!r}")
+
+
+def check_kind(name: str, value: Any, *, like: Any) -> None:
+    """Raise ValueError unless `value` is of the kind of a default: text, true/false or a number."""
+    kinds: dict[type, tuple[Any, str]] = {bool: (bool, "true or false"), str: (str, "text")}
+    kind, words = kinds.get(type(like), (int | float, "a number"))
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name} is {value!r}; expected {words}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number")
+
+
+def read_choice(field: str, value: Any, key: str) -> dict[str, Any]:
+    """Read a field that is a name, or a mapping with the name under `key` beside options.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(value, str):
+        return {key: value}
+    if not isinstance(value, Mapping) or not isinstance(value.get(key, ""), str):
+        raise ValueError(f"{field} is {value!r}; expected a name, or a mapping with `{key}`")
+    return dict(value)
 
 
 def options_at(

@@ -20,7 +20,7 @@ from torch import nn
 
 from .gains import Constant  # noqa: F401 (enters the gains in the table)
 from .norms import RMSNorm  # noqa: F401 (enters the norms in the table)
-from .operations import check_options, operation, options_at
+from .operations import check_options, operation, options_at, read_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class NormSpec:
         """
         if isinstance(value, NormSpec):
             return value
-        fields_ = {"op": value} if isinstance(value, str) else dict(value)
+        fields_ = read_choice("the norm in a slot", value, "op")
         if "op" not in fields_:
             raise ValueError(f"a norm needs `op`; saw {fields_}")
         op, per_head = fields_.pop("op"), fields_.pop("per_head", False)
@@ -69,7 +69,10 @@ class NormSpec:
     def build(self, dim: int) -> nn.Module:
         """The module over `dim` features."""
         check_options(self.op, self.options)
-        return operation(self.op)(dim, **self.options)
+        module = operation(self.op)(dim, **self.options)
+        if any(True for _ in module.parameters()) and not hasattr(module, "reset_parameters"):
+            raise ValueError(f"{self.op} has parameters but no reset_parameters() to start them")
+        return module
 
     @property
     def pointwise(self) -> bool:
@@ -80,6 +83,9 @@ class NormSpec:
 def constant(value: float) -> NormSpec:
     """A slot that multiplies by a fixed number."""
     return NormSpec(op="constant", options={"value": value})
+
+
+_ATTENTION_SLOTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,11 @@ class ResidualSpec:
     post: NormSpec | None = None
     skip: NormSpec | None = None
     out: NormSpec | None = None
+
+    def __post_init__(self) -> None:
+        for slot, spec in self.slots().items():
+            if spec.per_head and slot not in _ATTENTION_SLOTS:
+                raise ValueError(f"per_head is for slots q, k and v; {spec.op} stands in {slot}")
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "ResidualSpec":
@@ -113,6 +124,17 @@ class ResidualSpec:
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse` reads; empty slots are left out."""
         return {name: spec.to_dict() for name, spec in self.slots().items()}
+
+
+def parse_layer(layer: Mapping[str, Any]) -> tuple[ResidualSpec, ResidualSpec]:
+    """Read `{"attn": slots, "mlp": slots}`; any other key or slot raises ValueError."""
+    if set(layer) != {"attn", "mlp"}:
+        raise ValueError(f"a layer of residuals has keys {sorted(layer)}; expected attn and mlp")
+    attn, mlp = ResidualSpec.parse(layer["attn"]), ResidualSpec.parse(layer["mlp"])
+    for slot in _ATTENTION_SLOTS:
+        if getattr(mlp, slot) is not None:
+            raise ValueError(f"slot {slot} is attention's; an mlp has none")
+    return attn, mlp
 
 
 def build_slot(spec: NormSpec | None, dim: int) -> nn.Module:

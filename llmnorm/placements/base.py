@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
+from llmnorm.modeling.operations import check_kind, read_choice
 from llmnorm.modeling.residual import NormSpec, ResidualSpec
 
 
@@ -81,7 +82,7 @@ def parse_placement(value: str | Mapping[str, Any]) -> Placement:
     Raises:
         ValueError: for an unknown name or option, with the nearest known one.
     """
-    options = {"name": value} if isinstance(value, str) else dict(value)
+    options = read_choice("placement", value, "name")
     name = options.pop("name", None)
     if name not in PLACEMENTS:
         near = get_close_matches(str(name), PLACEMENTS, n=1)
@@ -92,4 +93,7 @@ def parse_placement(value: str | Mapping[str, Any]) -> Placement:
     if unknown:
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{name} has no option {unknown[0]!r}; its options: {allowed}")
+    for option in fields(PLACEMENTS[name]):
+        if option.name in options:
+            check_kind(f"{name}.{option.name}", options[option.name], like=option.default)
     return PLACEMENTS[name](**options)

@@ -31,5 +31,5 @@ class MixLN(Placement):
             raise ValueError(f"mix_ln.fraction is {self.fraction!r}; expected 0 to 1")
 
     def residual(self, site: Site, norm: NormSpec) -> ResidualSpec:
-        boundary = math.floor(self.fraction * site.depth)
+        boundary = math.floor(self.fraction * site.depth + 1e-9)  # 0.58 * 50 is 28.999...
         return ResidualSpec(out=norm) if site.layer_idx < boundary else ResidualSpec(pre=norm)

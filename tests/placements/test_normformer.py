@@ -78,7 +78,6 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         build_config("debug", placement={"name": "normformer", "scale_resids": True})
 
 
-@pytest.mark.xfail(strict=True, reason="option values of placements are not checked by type")
 @pytest.mark.parametrize("value", ["no", "false", 0.5, None])
 def test_res_scale_must_be_true_or_false(value: object) -> None:
     with pytest.raises(ConfigError, match=r"normformer\.res_scale"):
