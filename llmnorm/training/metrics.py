@@ -51,6 +51,9 @@ class MetricsFile:
     def __init__(self, path: Path, completed: int) -> None:
         if path.is_file():
             kept = [line for line, step in _records(path) if step <= completed]
+            cut = path.read_bytes().count(b"\n") - len(kept)
+            if cut:
+                logger.info("%d records after step %d cut, to be written again", cut, completed)
             write_durably(path, "".join(kept))
         self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 

@@ -38,8 +38,7 @@ class Objective(nn.Module):
     def __init__(self, model: PreTrainedModel, logits_per_chunk: int = LOGITS_PER_CHUNK) -> None:
         super().__init__()
         self.model = model
-        vocab_size = model.get_output_embeddings().weight.shape[0]
-        self.chunk = max(1, logits_per_chunk // vocab_size)  # tokens
+        self.chunk = max(1, logits_per_chunk // model.config.vocab_size)  # tokens
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None

@@ -18,7 +18,6 @@ ASKING = re.compile(
     r"|PlainEngine|isinstance\([^)]*engine|engine\.name\s*(==|in)",
     re.IGNORECASE,
 )
-IMPORT_OR_TEXT = re.compile(r'^\s*("""|#)')
 
 
 def test_nothing_outside_engines_asks_which_engine_runs() -> None:
