@@ -47,6 +47,7 @@ TOP_LEVEL = {
     "tests",
     "configs",
     "README.md",
+    "docs",
     "benchmarks",
     "Makefile",
     "constraints.txt",

@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> None:
     for run in runs:
         score_run(run, DATA, ["python_stdlib_continuation"], include_path=DATA / "tasks")
     stage("Compare", "llmnorm", "compare", *runs, "--plot", RUNS / "loss_curves.png")
-    prompt = ["-p", "def read_lines(path):\n", "--temperature", "0.8", "--top-k", "50"]
+    prompt = ["-p", "import", "--temperature", "0.7", "--top-k", "50"]
     stage("Sample", "llmnorm", "generate", runs[0], *prompt)
     stage(NEXT)
 
