@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from llmnorm.errors import DataError
+
 Record = dict[str, Any]
 
 
@@ -61,7 +63,22 @@ def read(run: Path, kind: str) -> list[Record]:
     found = sorted(
         (run / "eval").glob(f"{kind}-*.json"), key=lambda path: (path.stat().st_mtime_ns, path)
     )
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    return [read_json(path) for path in found]
+
+
+def read_json(path: Path) -> Record:
+    """Read one JSON object.
+
+    Raises:
+        DataError: the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}; remove or restore it") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
 
 
 def _free(folder: Path, name: str, text: str) -> Path:

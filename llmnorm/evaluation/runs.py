@@ -88,7 +88,7 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """environment.json, empty when there is none."""
         file = self.path / "environment.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return records.read_json(file) if file.is_file() else {}
 
     @cached_property
     def parameters(self) -> int | None:

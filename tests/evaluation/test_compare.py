@@ -162,6 +162,14 @@ def test_records_are_never_overwritten_by_others(tmp_path):
     assert records.read(tmp_path, "perplexity") == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize("text", ['{"loss": 2.', "[1]"])
+def test_a_damaged_record_is_named(make_run, text):
+    run = make_run("run")
+    (run / "eval" / "perplexity-x.json").write_text(text)
+    with pytest.raises(DataError, match="perplexity-x"):
+        compare([open_run(run)])
+
+
 def test_numbers_that_are_not_finite_are_null_in_json():
     assert json.loads(records.to_json({"a": math.nan, "b": [math.inf, 1.5]})) == {
         "a": None,
