@@ -51,6 +51,15 @@ def outcome(config: RunConfig) -> tuple[Any, Any]:
     return numbers, verify(last)["files"]
 
 
+def wait_for_step(config: RunConfig, step: int) -> None:
+    """Wait until so many steps are recorded (0: do not)."""
+    path, end = config.output.dir / "metrics.jsonl", time.monotonic() + 60
+    while step and time.monotonic() < end:
+        if path.is_file() and path.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.001)
+
+
 def count_operations(kill_at: int | None, report: Path) -> None:
     """Number the file operations of this process; SIGKILL itself before number `kill_at`."""
     seen = 0
@@ -120,9 +129,10 @@ def main(words_file: str, kind: str, trials: int, seed: int) -> None:
 
             kills += finish(fork(die)) == -signal.SIGKILL
         else:
-            at = rng.random() * duration
+            at = rng.random() * len(expected[0])  # in steps
             child = fork(lambda trial_config=trial_config: train(trial_config))
-            time.sleep(at)
+            wait_for_step(trial_config, int(at))
+            time.sleep((at % 1) * duration / len(expected[0]))
             os.kill(child, signal.SIGKILL)
             kills += finish(child) == -signal.SIGKILL
         code = finish(fork(lambda trial_config=trial_config: train(trial_config)))

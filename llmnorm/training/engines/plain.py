@@ -77,7 +77,8 @@ class PlainEngine:
                 f"{self.ranks.world} processes hold a {type(self.wrapped).__name__}, expected "
                 "DistributedDataParallel for several: their gradients would not be averaged"
             )
-        logger.info("%d process(es), %s", self.ranks.world, type(self.wrapped).__name__)
+        if parallel:
+            logger.info("%d processes, DistributedDataParallel", self.ranks.world)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer: Any = make_optimizer(self.model)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
