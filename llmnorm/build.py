@@ -20,15 +20,16 @@ from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation, read_choice
 from llmnorm.modeling.residual import NormSpec
-from llmnorm.placements import PLACEMENTS, Placement, Site, parse_placement
-from llmnorm.resources import preset_folder, suggest
-from llmnorm.selftest import self_test
+from llmnorm.placements import Placement, Site, parse_placement
+from llmnorm.resources import shape_folder, suggest
+from llmnorm.selftest import promised_slots, self_test
 
 logger = logging.getLogger(__name__)
 
 # Resolved by the placement, so never given by hand.
 _RESOLVED = {"residuals", "final_norm", "wiring", "norm", "placement"}
-_GENERIC = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "rope_theta", "dtype"}
+# Written by transformers beside the fields.
+_METADATA = {"model_type", "architectures", "auto_map", "transformers_version", "dtype"}
 
 
 def build_config(
@@ -91,13 +92,16 @@ def cite(config: LlmNormConfig) -> str:
     """The papers a scheme stands on, one a line, read from the docstrings of its parts."""
     parts: list[type] = []
     if config.placement is not None:
-        parts.append(PLACEMENTS[parse_placement(config.placement).name])
-    specs = [config.final_norm_spec(), config.embedding_spec().norm]
-    for attn, mlp in config.residual_specs():
-        specs += [*attn.slots().values(), *mlp.slots().values()]
-    parts += [operation(spec.op) for spec in specs if spec is not None]
-    sources = [_source(part) for part in parts]
-    return "\n".join(dict.fromkeys(source for source in sources if source))
+        parts.append(type(parse_placement(config.placement)))
+    parts += [operation(spec.op) for spec, _ in _held(config)]
+    return "\n".join(dict.fromkeys(source for part in parts if (source := source_of(part))))
+
+
+def source_of(part: type) -> str:
+    """The `Source:` paragraph of a norm's or placement's docstring, else its arXiv number."""
+    _, found, source = (inspect.getdoc(part) or "").partition("Source: ")
+    paper = getattr(part, "paper", None)
+    return " ".join(source.split()) if found else f"arXiv:{paper}" if paper else ""
 
 
 def _parse_norm(norm: str | Mapping[str, Any]) -> NormSpec:
@@ -117,20 +121,26 @@ def _shape(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(base, Mapping):
         _refuse_unknown(base)
         return dict(base)
-    folder = Path(base) if Path(base).is_dir() else preset_folder(str(base))
-    file = folder / "config.json"
+    file = shape_folder(str(base)) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{file}: expected a Hugging Face config.json; {error}") from error
     if not isinstance(content, dict) or content.get("model_type", "llmnorm") != "llmnorm":
         raise ConfigError(f"{file}: model_type must be 'llmnorm'; this is another kind of model")
-    own = {f.name for f in fields(LlmNormConfig)} - _RESOLVED - {"embedding", "init", "qk_norm"}
-    return {name: value for name, value in content.items() if name in own}
+    dropped = _RESOLVED | _METADATA
+    if content.get("residuals") is not None:  # a model: another scheme replaces all of its own
+        dropped |= {"qk_norm", "embedding", "init"}
+    shape = {name: value for name, value in content.items() if name not in dropped}
+    try:
+        _refuse_unknown(shape)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return shape
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    own = {f.name for f in fields(LlmNormConfig)} | _GENERIC
+    own = {f.name for f in fields(LlmNormConfig)} | {"rope_theta", "dtype"}
     for name in given:
         if name in _RESOLVED:
             raise ConfigError(f"{name} is set by the scheme; choose norm and placement instead")
@@ -165,13 +175,15 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
 
 def _try_out(config: LlmNormConfig) -> None:
     """Build what each slot holds once, on the meta device: its options are checked there."""
-    specs = [config.final_norm_spec(), config.embedding_spec().norm]
-    for attn, mlp in config.residual_specs():
-        specs += [*attn.slots().values(), *mlp.slots().values()]
-    distinct = {json.dumps(spec.to_dict()): spec for spec in specs if spec is not None}
+    distinct = {(width, json.dumps(spec.to_dict())): spec for spec, width in _held(config)}
     with torch.device("meta"):
-        for spec in distinct.values():
-            spec.build(spec.options.get("heads", 1))
+        for (width, _), spec in distinct.items():
+            spec.build(width)
+
+
+def _held(config: LlmNormConfig) -> list[tuple[NormSpec, int]]:
+    """What the filled slots hold, with its width."""
+    return [(spec, width) for _, spec, width in promised_slots(config) if spec is not None]
 
 
 def _warn_if_doubtful(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:

@@ -18,7 +18,7 @@ class ConfigError(LlmNormError, ValueError):
 
 
 class SelfTestError(ConfigError):
-    """A built model breaks a promise of its scheme; see `llmnorm.build.self_test`."""
+    """A built model breaks a promise of its scheme; see `llmnorm.selftest`."""
 
 
 class EnvironmentProblem(LlmNormError, RuntimeError):  # noqa: N818 (DESIGN's name)

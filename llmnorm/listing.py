@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llmnorm.build import build_config
+from llmnorm.build import build_config, source_of
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation
@@ -69,10 +69,10 @@ def _placements() -> Table:
 
 def _described(kind: str, classes: dict[str, type]) -> Table:
     """One row for each class: what it is, and the options that a run file may give."""
-    table = Table(kind, "what it is", "options")
+    table = Table(kind, "what it is", "options", "source")
     for name, cls in classes.items():
         summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
         options = inspect.signature(cls).parameters.values()
         shown = [option.name for option in options if option.default is not option.empty]
-        table.add_row(name, summary, ", ".join(shown) or "-")
+        table.add_row(name, summary, ", ".join(shown) or "-", source_of(cls))
     return table

@@ -37,8 +37,24 @@ def preset_folder(name: str) -> Path:
         ConfigError: when there is no preset of this name; the message suggests the nearest.
     """
     if name not in list_presets():
-        raise ConfigError(f"no preset is named {name!r:.80}{suggest(name, list_presets())}")
+        raise ConfigError(
+            f"no preset or folder is named {name!r:.80}{suggest(name, list_presets())}"
+        )
     return _root() / "models" / name
+
+
+def shape_folder(base: str) -> Path:
+    """Return the folder that `base` means: one that holds `config.json`, else the preset's.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    folder = os.path.expanduser(base)
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        return Path(folder)
+    if base not in list_presets() and os.path.isdir(folder):
+        raise ConfigError(f"{base}: this folder has no config.json")
+    return preset_folder(base)
 
 
 def list_recipes() -> list[str]:

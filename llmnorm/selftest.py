@@ -10,16 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llmnorm.errors import SelfTestError
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
-from llmnorm.modeling.gains import EmbeddingScale
 from llmnorm.modeling.initialization import expected_std
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM, embedding_scale
-from llmnorm.modeling.operations import operation
-from llmnorm.modeling.residual import NormSpec
-
-_RESIDUAL_SLOTS = ("entry", "pre", "post", "skip", "out")
+from llmnorm.modeling.residual import NormSpec, build_slot
 
 
 def self_test(model: nn.Module, *, fresh: bool) -> None:
@@ -40,83 +37,61 @@ def self_test(model: nn.Module, *, fresh: bool) -> None:
         if inner is None:
             raise SelfTestError(f"{type(causal).__name__} is no llmnorm model")
         causal = inner
-    slots = list(_slots(causal, causal.config))
-    for name, slot, spec in slots:
-        _check_slot(name, slot, spec)
-    _check_embedding(causal)
+    _check_slots(causal, fresh=False)
+    _check_embedding(causal, fresh=False)
     _check_buffers(causal)
     _check_parameters(causal)
     if fresh:
-        _check_values(causal, slots)
+        _check_slots(causal, fresh=True)
+        _check_embedding(causal, fresh=True)
+        _check_matrices(causal)
 
 
-def _slots(model: Any, config: LlmNormConfig) -> Iterator[tuple[str, nn.Module, NormSpec | None]]:
-    """Every slot of the model beside the spec it was promised."""
-    trunk = model.model
-    specs = config.residual_specs()
-    if len(trunk.layers) != len(specs):
-        raise SelfTestError(f"the model has {len(trunk.layers)} layers; {len(specs)} were promised")
-    for i, (layer, (attn, mlp)) in enumerate(zip(trunk.layers, specs, strict=True)):
-        prefix = f"model.layers.{i}"
-        for slot in _RESIDUAL_SLOTS:
-            yield (
-                f"{prefix}.attn_residual.{slot}",
-                getattr(layer.attn_residual, slot),
-                getattr(attn, slot),
+def promised_slots(config: LlmNormConfig) -> Iterator[tuple[str, NormSpec | None, int]]:
+    """Every slot of a model: its module's name, what it is to hold, the width of its features.
+
+    Raises:
+        ValueError: if the config's wiring cannot be (see `LlmNormConfig.residual_specs`).
+    """
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads = {"q": config.num_attention_heads}
+    heads |= dict.fromkeys(("k", "v"), config.num_key_value_heads)
+    yield "model.embedding_norm", config.embedding_spec().norm, hidden
+    for i, (attn, mlp) in enumerate(config.residual_specs()):
+        for kind, spec in (("attn", attn), ("mlp", mlp)):
+            for slot in ("entry", "pre", "post", "skip", "out"):
+                yield f"model.layers.{i}.{kind}_residual.{slot}", getattr(spec, slot), hidden
+        for slot, count in heads.items():
+            held: NormSpec | None = getattr(attn, slot)
+            width = head_dim if held is not None and held.per_head else count * head_dim
+            yield f"model.layers.{i}.self_attn.{slot}_norm", held, width
+        yield f"model.layers.{i}.self_attn.inner", attn.inner, heads["q"] * head_dim
+        yield f"model.layers.{i}.mlp.inner", mlp.inner, config.intermediate_size
+    yield "model.norm", config.final_norm_spec(), hidden
+
+
+def _check_slots(model: Any, *, fresh: bool) -> None:
+    """What each slot holds: the operation, its constants and, when fresh, its parameters."""
+    depth, layers = model.config.num_hidden_layers, len(model.model.layers)
+    if layers != depth:
+        raise SelfTestError(f"the model has {layers} layers; {depth} were promised")
+    for name, spec, width in promised_slots(model.config):
+        found, promised = model.get_submodule(name), build_slot(spec, width)
+        if type(found) is not type(promised):
+            raise SelfTestError(
+                f"{name} is {type(found).__name__}; the scheme promises {type(promised).__name__}"
             )
-            yield (
-                f"{prefix}.mlp_residual.{slot}",
-                getattr(layer.mlp_residual, slot),
-                getattr(mlp, slot),
-            )
-        for slot in ("q", "k", "v"):
-            module = getattr(layer.self_attn, f"{slot}_norm")
-            yield f"{prefix}.self_attn.{slot}_norm", module, getattr(attn, slot)
-        yield f"{prefix}.self_attn.inner", layer.self_attn.inner, attn.inner
-        yield f"{prefix}.mlp.inner", layer.mlp.inner, mlp.inner
-    yield "model.norm", trunk.norm, config.final_norm_spec()
-    yield "model.embedding_norm", trunk.embedding_norm, config.embedding_spec().norm
+        for key, value in vars(promised).items():
+            if isinstance(value, float | int | str) and not key.startswith("_"):
+                seen = getattr(found, key, None)
+                if seen != value and key != "training":
+                    raise SelfTestError(f"{name}.{key} is {seen!r}; the scheme promises {value!r}")
+        if fresh:
+            for key, parameter in promised.named_parameters():
+                _check_equal(f"{name}.{key}", found.get_parameter(key), parameter)
 
 
-def _check_slot(name: str, slot: nn.Module, spec: NormSpec | None) -> None:
-    promised = nn.Identity if spec is None else operation(spec.op)
-    if type(slot) is not promised:
-        raise SelfTestError(
-            f"{name} is {type(slot).__name__}; the scheme promises {promised.__name__}"
-        )
-    for key, value in vars(_reference(spec)).items():
-        if isinstance(value, float | int | str) and not key.startswith("_") and key != "training":
-            found = getattr(slot, key, None)
-            if found != value:
-                raise SelfTestError(f"{name}.{key} is {found!r}; the scheme promises {value!r}")
-
-
-def _reference(spec: NormSpec | None) -> nn.Module:
-    """What a spec builds, one feature (or one a head) wide."""
-    return nn.Identity() if spec is None else spec.build(spec.options.get("heads", 1))
-
-
-def _check_values(model: Any, slots: list[tuple[str, nn.Module, NormSpec | None]]) -> None:
-    """What training changes, as it should be before: parameters of slots, scale, matrices."""
-    for name, slot, spec in slots:
-        for key, promised in _reference(spec).named_parameters():
-            _check_constant(f"{name}.{key}", slot.get_parameter(key), promised[0].item())
-    scale = model.model.embedding_scale
-    if isinstance(scale, EmbeddingScale):
-        twin: Any = embedding_scale(model.config.embedding_spec(), model.config)
-        _check_constant("model.embedding_scale.weight", scale.weight, twin.value)
-    _check_matrices(model)
-
-
-def _check_constant(name: str, parameter: Any, promised: float) -> None:
-    values = _local(parameter).detach()
-    wanted = torch.tensor(promised, dtype=values.dtype, device=values.device)
-    if not torch.equal(values, wanted.expand_as(values)):
-        seen = values.flatten()[(values.flatten() != wanted).nonzero()[0]].item()
-        raise SelfTestError(f"{name} starts at {seen:.6g}; the scheme promises {promised:.6g}")
-
-
-def _check_embedding(model: Any) -> None:
+def _check_embedding(model: Any, *, fresh: bool) -> None:
     spec = model.config.embedding_spec()
     promised, found = embedding_scale(spec, model.config), model.model.embedding_scale
     if type(found) is not type(promised):
@@ -124,6 +99,9 @@ def _check_embedding(model: Any) -> None:
             f"model.embedding_scale is {type(found).__name__}; "
             f"embedding {spec.treatment!r} promises {type(promised).__name__}"
         )
+    if fresh:
+        for key, parameter in promised.named_parameters():
+            _check_equal(f"model.embedding_scale.{key}", found.get_parameter(key), parameter)
 
 
 def _check_buffers(model: nn.Module) -> None:
@@ -134,7 +112,7 @@ def _check_buffers(model: nn.Module) -> None:
 def _check_parameters(model: Any) -> None:
     """Names, shapes and ties as the config asks; all there, all of one dtype."""
     with torch.device("meta"):
-        promised = dict(type(model)(model.config).named_parameters())
+        promised = dict(LlmNormForCausalLM(model.config).named_parameters())
     found = dict(model.named_parameters())
     for name in sorted(promised.keys() ^ found.keys()):
         state = "is missing or shared" if name in promised else "is a parameter"
@@ -166,22 +144,29 @@ def _check_matrices(model: Any) -> None:
                     f"{name}.weight starts with std {found:.5g}; the scheme's rule promises "
                     f"{promised:.5g} (tolerance {tolerance:.1%})"
                 )
-            if getattr(module, "bias", None) is not None:
-                _check_constant(f"{name}.bias", module.bias, 0.0)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                _check_equal(f"{name}.bias", module.bias, torch.zeros(module.out_features))
 
 
-def _local(parameter: Any) -> torch.Tensor:
-    """This rank's share of a parameter (all of it unless it is sharded)."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def _check_equal(name: str, parameter: Any, promised: torch.Tensor) -> None:
+    """Compare a vector, gathered if it is sharded (so that all ranks agree), with its start."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    values = whole.detach().flatten()
+    wanted = promised.detach().to(values.device, values.dtype).flatten()
+    if not torch.equal(values, wanted):
+        where = (values != wanted).nonzero()[0]
+        seen, expected = values[where].item(), wanted[where].item()
+        raise SelfTestError(f"{name} starts at {seen:.6g}; the scheme promises {expected:.6g}")
 
 
 def _std(parameter: Any) -> tuple[float, int]:
     """Standard deviation and element count of a parameter; sums are reduced over its shards."""
-    values = _local(parameter).detach().double()
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    values = local.detach().double()
     sums = torch.stack(
         [values.sum(), values.square().sum(), values.new_tensor(float(values.numel()))]
     )
-    if hasattr(parameter, "to_local"):
+    if isinstance(parameter, DTensor):
         torch.distributed.all_reduce(sums, group=parameter.device_mesh.get_group())
     total, squares, count = (value.item() for value in sums)
     mean = total / count

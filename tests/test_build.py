@@ -17,8 +17,10 @@ from llmnorm import (
     cite,
     list_norms,
     list_placements,
+    register_norm,
 )
 from llmnorm.errors import ConfigError
+from llmnorm.modeling import operations
 from llmnorm.modeling.residual import NormSpec, ResidualSpec
 from llmnorm.placements import PLACEMENTS, Placement, Site, parse_placement, register
 
@@ -351,9 +353,9 @@ def test_the_folder_of_a_trained_model_gives_its_shape_and_nothing_of_its_scheme
 
 
 def test_an_unknown_or_foreign_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no preset is named 'debgu'; did you mean debug"):
+    with pytest.raises(ConfigError, match="is named 'debgu'; did you mean debug"):
         build_config("debgu")
-    with pytest.raises(ConfigError, match=r"expected a Hugging Face config.json"):
+    with pytest.raises(ConfigError, match=r"this folder has no config.json"):
         build_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"expected a Hugging Face config.json"):
@@ -429,3 +431,55 @@ def test_cite_lists_what_queries_keys_and_embedding_stand_on_too() -> None:
     text = cite(config)
     for paper in ("2502.05795", "2503.10622", "1910.07467", "1607.06450"):
         assert paper in text
+
+
+def test_every_key_of_a_folder_of_shapes_counts_or_is_refused(tmp_path: Path) -> None:
+    shape = {**SHAPE, "rope_theta": 5e5, "qk_norm": "per_head", "init": "scaled"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llmnorm", **shape}))
+    config = build_config(tmp_path)
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert (config.qk_norm, config.init) == ("per_head", "scaled")
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layer": 9}))
+    with pytest.raises(
+        ConfigError, match=r"config\.json: no config field is called 'num_hidden"
+    ):
+        build_config(tmp_path)
+
+
+def test_a_folder_without_a_config_does_not_hide_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "debug").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert build_config("debug").hidden_size > 0
+
+
+class GroupedRMS(torch.nn.Module):
+    """A norm that keeps its width and must divide it: checked at the slot's real width."""
+
+    def __init__(self, dim: int, *, groups: int = 4, scale: float = 1.0) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"{groups} groups do not divide {dim}")
+        self.dim, self.groups, self.scale = dim, groups, scale
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, dim))
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.linspace(0.5, 1.5, self.dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grouped = x.unflatten(-1, (self.groups, -1))
+        rms = grouped.square().mean(-1, keepdim=True).sqrt() + 1e-6
+        return self.scale * self.weight * (grouped / rms).flatten(-2)
+
+
+def test_a_norm_that_knows_its_width_builds_and_passes_the_self_test() -> None:
+    register_norm("grouped_rms")(GroupedRMS)
+    try:
+        build_model(build_config(SHAPE, norm="grouped_rms", placement="sub_ln"))
+        with pytest.raises(ConfigError, match="5 groups do not divide 32"):
+            build_config(SHAPE, norm={"op": "grouped_rms", "groups": 5})
+    finally:
+        operations.OPERATIONS.pop("grouped_rms")
+        operations._NORMS.remove("grouped_rms")

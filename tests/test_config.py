@@ -190,8 +190,8 @@ def test_every_key_refuses_a_wrong_type_by_name(path):
         (["--data=3", "--data.seq_len=5"], "data is 3, which has no keys"),
         (["lr", "3"], "expected --section.key VALUE"),
         ([f"--output.dir={'x' * 300}"], "longer than any path can be"),
-        ([f"--model.preset={'x' * 5000}"], "neither a preset nor a folder"),
-        (["--model.preset=~nobody_of_this_name/x"], "neither a preset nor a folder"),
+        ([f"--model.preset={'x' * 5000}"], "no preset or folder is named"),
+        (["--model.preset=~nobody_of_this_name/x"], "no preset or folder is named"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_remedy(overrides, message):

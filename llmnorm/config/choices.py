@@ -1,17 +1,15 @@
 """Ask the model code whether the names, options and fields of a run file's model section exist."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmnorm.build
 from llmnorm.modeling.operations import list_norms
 from llmnorm.placements import list_placements
-from llmnorm.resources import list_presets, preset_folder, suggest
+from llmnorm.resources import shape_folder, suggest
 
 if TYPE_CHECKING:
     from llmnorm.config.models import NormChoice, PlacementChoice
@@ -21,24 +19,9 @@ if TYPE_CHECKING:
 _LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "hidden_size": 2**18}
 
 
-def preset_path(preset: str) -> Path:
-    """Return the folder of a preset given by path or by name; a folder wins over a name.
-
-    Raises:
-        ConfigError: when it is neither.
-    """
-    folder = os.path.expanduser(preset)
-    return Path(folder) if os.path.isdir(folder) else preset_folder(preset)
-
-
 def check_preset(value: str) -> str:
     """Return `value` when it names a preset or a folder with config.json, else raise ValueError."""
-    folder = os.path.expanduser(value)
-    if os.path.isdir(folder):
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise ValueError("this folder has no config.json")
-    elif value not in list_presets():
-        raise ValueError(f"neither a preset nor a folder{suggest(value, list_presets())}")
+    shape_folder(value)
     return value
 
 
@@ -82,7 +65,7 @@ def build_arguments(
     overrides: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the keyword arguments of `llmnorm.build_config`; None leaves its default."""
-    arguments: dict[str, Any] = {"base": preset_path(preset), **overrides}
+    arguments: dict[str, Any] = {"base": preset, **overrides}
     for name, choice in (("norm", norm), ("placement", placement)):
         if choice is not None:
             arguments[name] = choice.model_dump()

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from llmnorm.config import choices
 from llmnorm.config.document import MAX_INTEGER
 from llmnorm.config.dump import dump_document
-from llmnorm.resources import suggest
+from llmnorm.resources import shape_folder, suggest
 
 
 def _path(value: object) -> Path:
@@ -293,7 +293,7 @@ class RunConfig(Section):
         The data's own fingerprint is recorded apart, so data.path is not in it.
         """
         values = self.numbers()
-        shape = choices.preset_path(self.model.preset) / "config.json"
+        shape = shape_folder(self.model.preset) / "config.json"
         values["model"]["preset"] = json.loads(shape.read_text())
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .initialization import InitSpec
-from .operations import check_kind, read_choice
+from .operations import check_kind, check_positive, read_choice
 from .residual import NormSpec, ResidualSpec, parse_layer
 from .rotary import POSITIONS
 
@@ -122,6 +122,11 @@ class LlmNormConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_whole("hidden_size", "num_attention_heads")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size="
+                f"{self.hidden_size}; give head_dim to mean it"
+            )
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -137,13 +142,18 @@ class LlmNormConfig(PreTrainedConfig):
         """Raise ValueError naming the first field that cannot be; also called by the model."""
         self._check_whole("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         self._check_whole("num_attention_heads", "num_key_value_heads", "head_dim")
+        self._check_whole("max_position_embeddings")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if not (isinstance(self.initializer_range, int | float) and self.initializer_range > 0):
-            raise ValueError(f"initializer_range is {self.initializer_range!r}; expected above 0")
+        check_positive("initializer_range", self.initializer_range)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given = getattr(self, name)
+            for token in given if isinstance(given, list) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} is {token}; the vocabulary has {self.vocab_size}")
         _one_of("mlp", self.mlp, ("gated", "plain"))
         _one_of("position", self.position, tuple(POSITIONS))
         _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))
@@ -171,8 +181,7 @@ class LlmNormConfig(PreTrainedConfig):
         unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
         if unknown:
             raise ValueError(f"rope_parameters.{unknown[0]} is not implemented; only rope_theta is")
-        if not (isinstance(rope["rope_theta"], int | float) and rope["rope_theta"] > 0):
-            raise ValueError(f"rope_parameters.rope_theta is {rope['rope_theta']!r}; expected > 0")
+        check_positive("rope_parameters.rope_theta", rope["rope_theta"])
 
     def residual_specs(self) -> list[tuple[ResidualSpec, ResidualSpec]]:
         """The specs of (attention, mlp) of every layer, resolved on use.

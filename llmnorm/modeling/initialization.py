@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .operations import read_choice
+from .operations import check_positive, read_choice
 
 # Branch matrices whose std a residual-aware policy changes.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
@@ -93,8 +93,8 @@ class InitSpec:
         if spec.policy not in INIT_POLICIES:
             raise ValueError(f"unknown init {spec.policy!r}; known: {', '.join(INIT_POLICIES)}")
         std = spec.embedding_std
-        if std is not None and not (isinstance(std, int | float) and std > 0):
-            raise ValueError(f"init.embedding_std is {std!r}; expected a number above 0")
+        if std is not None:
+            check_positive("init.embedding_std", std)
         return spec
 
 
@@ -136,6 +136,6 @@ def draw(tensor: torch.Tensor, *, std: float, name: str) -> None:
     if tensor.is_meta or getattr(tensor, "_is_hf_initialized", False):
         return
     digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    sample = torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-    init.copy_(tensor, sample)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    sample = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    init.copy_(tensor, sample.normal_(0.0, std, generator=generator))

@@ -12,17 +12,14 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .operations import compute_dtype, register_norm
+from .operations import check_positive, compute_dtype, register_norm
 
 
-def _check_dim(dim: int) -> None:
+def _check(dim: int, **above_zero: float) -> None:
     if dim < 1:
         raise ValueError(f"a norm over {dim} features is impossible; expected at least 1")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and value > 0):
-        raise ValueError(f"{name} is {value!r}; expected a number above 0")
+    for name, value in above_zero.items():
+        check_positive(name, value)
 
 
 @register_norm("rmsnorm")
@@ -58,8 +55,7 @@ class RMSNorm(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_dim(dim)
-        _check_positive("rmsnorm.eps", eps)
+        _check(dim, **{"rmsnorm.eps": eps, "rmsnorm.scale": scale})
         if cast not in ("input", "output"):
             raise ValueError(f"rmsnorm.cast is {cast!r}; expected 'input' or 'output'")
         self.eps, self.cast, self.scale = eps, cast, scale
@@ -109,8 +105,7 @@ class LayerNorm(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_dim(dim)
-        _check_positive("layernorm.eps", eps)
+        _check(dim, **{"layernorm.eps": eps, "layernorm.scale": scale})
         self.eps, self.scale = eps, scale
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if elementwise_affine and bias else None
@@ -200,8 +195,7 @@ class DyT(nn.Module):
         self, dim: int, *, alpha: float = 1.0, bias: bool = False, scale: float = 1.0
     ) -> None:
         super().__init__()
-        _check_dim(dim)
-        _check_positive("dyt.alpha", alpha)
+        _check(dim, **{"dyt.alpha": alpha, "dyt.scale": scale})
         self.alpha_init, self.scale = alpha, scale
         self.alpha = nn.Parameter(torch.full((1,), float(alpha)))
         self.weight = nn.Parameter(torch.ones(dim))
@@ -257,8 +251,7 @@ class Derf(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_dim(dim)
-        _check_positive("derf.alpha", alpha)
+        _check(dim, **{"derf.alpha": alpha, "derf.scale": scale})
         self.alpha_init, self.shift_init, self.scale = alpha, shift, scale
         self.alpha = nn.Parameter(torch.full((1,), float(alpha)))
         self.shift = nn.Parameter(torch.full((1,), float(shift)))

@@ -84,6 +84,13 @@ def check_kind(name: str, value: Any, *, like: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value!r}; expected a number above 0")
+
+
 def read_choice(field: str, value: Any, key: str) -> dict[str, Any]:
     """Read a field that is a name, or a mapping with the name under `key` beside options.
 

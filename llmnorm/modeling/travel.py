@@ -27,7 +27,12 @@ def foreign_sources(model: nn.Module) -> dict[str, tuple[str, str]]:
     known = tuple(OPERATIONS.values())
     classes = {type(m) for m in model.modules() if isinstance(m, known)}
     foreign = [cls for cls in classes if cls.__module__.rpartition(".")[0] != _PACKAGE]
-    return {cls.__module__.rpartition(".")[2]: (cls.__name__, _relative(cls)) for cls in foreign}
+    return {_file_name(cls): (cls.__name__, _relative(cls)) for cls in foreign}
+
+
+def _file_name(cls: type[nn.Module]) -> str:
+    """Name of the copied module; the prefix keeps a user's `norms.py` apart from ours."""
+    return f"foreign_{cls.__module__.replace('.', '_')}"
 
 
 def _relative(cls: type[nn.Module]) -> str:

@@ -338,7 +338,7 @@ def test_a_partial_rotation_is_refused_since_it_would_be_ignored() -> None:
         ("num_hidden_layers", -1, "num_hidden_layers is -1"),
         ("num_key_value_heads", 3, "num_attention_heads=4 is not a multiple of"),
         ("head_dim", 7, "RoPE needs an even one"),
-        ("initializer_range", 0.0, "initializer_range is 0.0; expected above 0"),
+        ("initializer_range", 0.0, "initializer_range is 0.0; expected a number above 0"),
         ("mlp", "swiglu", "mlp is 'swiglu'; expected one of gated, plain"),
         ("position", "alibi", "position is 'alibi'; expected one of rope, none"),
         ("hidden_act", "silo", "hidden_act is 'silo'; expected one of"),
