@@ -162,3 +162,6 @@ def _set_up_logging() -> None:
     ours.handlers = [handler]
     ours.propagate = False
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    # Where DeepSpeed is installed transformers imports it, and it remarks on every CPU.
+    remark = "Setting accelerator to CPU"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: remark not in record.getMessage())
