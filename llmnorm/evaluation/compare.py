@@ -18,7 +18,8 @@ from llmnorm.evaluation.runs import Downstream, Run
 
 CAVEAT = (
     "The table shows the tool, not a ranking of schemes: one seed per row, and at about a million"
-    " parameters two seeds of one scheme differ by about 0.02 nats."
+    " parameters two seeds of one scheme differ by about 0.02 nats, or more where training is less"
+    " steady."
 )
 ABSENT = "-"
 
