@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from ..durable import sha256_of
 from ..errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 SplitName = Literal["train", "val"]
-_HASH_BLOCK = 1 << 22  # bytes
 
 
 class _Strict(BaseModel):
@@ -126,22 +126,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def hash_files(paths: list[Path]) -> list[str]:
     """SHA-256 of many files, on as many threads as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_file, paths))
+        return list(pool.map(sha256_of, paths))
 
 
 def file_entry(folder: Path, name: str, sha256: str | None = None) -> FileEntry:
     """Describe `folder/name` as it is on disk now."""
     path = folder / name
-    return FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256 or hash_file(path))
+    return FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..durable import sync, write_durably
 from ..errors import ConfigError, DataError
 from .manifest import (
     MANIFEST_NAME,
@@ -43,9 +44,7 @@ from .workspace import (
     Progress,
     Workspace,
     refuse_other_request,
-    sync,
     tidy_after_publishing,
-    write_atomically,
 )
 
 _BYTES_PER_TOKEN = 8  # of text; more than tokens have, so that a budget's text is trained on
@@ -159,7 +158,7 @@ def _write_tokens(
     finally:
         for writer in writers.values():
             writer.abandon()
-    write_atomically(work.folder / MANIFEST_NAME, manifest.to_json())
+    write_durably(work.folder / MANIFEST_NAME, manifest.to_json())
 
 
 def _manifest(

@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 from typing import TypedDict
 
+from ..durable import write_durably
 from ..errors import DataError
 from .prepared import Prepared
 from .tokenizer import Encoder
-from .workspace import remove, write_atomically
+from .workspace import remove
 
 CONTEXT_CHARACTERS = 240
 SHORTEST_CONTEXT = 40
@@ -98,9 +99,9 @@ def write_task(prepared: Prepared, items: int = 200) -> Path:
     folder.mkdir(exist_ok=True)
     remove(folder / f"{name}.yaml")  # written last: the task appears when it is whole
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / f"{name}.jsonl", text)
-    write_atomically(folder / f"{name}.py", _LOADER)
-    write_atomically(folder / f"{name}.yaml", _YAML.format(name=name))
+    write_durably(folder / f"{name}.jsonl", text)
+    write_durably(folder / f"{name}.py", _LOADER)
+    write_durably(folder / f"{name}.yaml", _YAML.format(name=name))
     return folder
 
 

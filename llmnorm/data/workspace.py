@@ -5,7 +5,6 @@ asked for and how far it has come. The state is replaced by rename after the dat
 on the disk, so a process killed at any instant leaves a state that can be continued.
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ..durable import sync, take_lock, write_durably
 from ..errors import DataError
 from .manifest import SplitName
 from .shards import SplitState
@@ -120,14 +120,10 @@ class Workspace:
         return None
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # a file system without locks
+        if not take_lock(fcntl.flock, self._lock, self.root):
             raise DataError(
                 f"{self.root} is in use by another process that prepares {self.out}; wait for it"
-            ) from None
+            )
 
     def _read_state(self) -> _State | None:
         path = self.root / "state.json"
@@ -141,7 +137,7 @@ class Workspace:
             ) from None
 
     def _write_state(self, state: _State) -> None:
-        write_atomically(self.root / "state.json", state.model_dump_json())
+        write_durably(self.root / "state.json", state.model_dump_json())
 
 
 def _root(out: Path) -> Path:
@@ -182,26 +178,6 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 24 else f"{text[:20]}...'"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content: all of it is on the disk, or none."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:

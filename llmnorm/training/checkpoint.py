@@ -24,8 +24,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from llmnorm.durable import follow_umask, sha256_of, sync, write_durably
 from llmnorm.errors import CheckpointError
-from llmnorm.training.durable import follow_umask, sha256_of, sync_file, sync_folder, write_durably
 from llmnorm.training.pieces import Piece, write_pieces
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.rng import restore_rng, rng_tensors
@@ -95,7 +95,7 @@ class Checkpoints:
         self.keep = max(1, keep)
         self.facts = facts
 
-    def save(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> Path:
+    def save(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` completed steps and drop those beyond `keep`.
 
         Args:
@@ -111,7 +111,6 @@ class Checkpoints:
         reports = self.ranks.gather(self._write_own(hidden, pieces, state))
         publish = partial(self._publish, hidden, folder, step, reports)
         self.ranks.on_main(lambda: self._told(folder, publish))
-        return folder
 
     def _told(self, folder: Path, work: Callable[[], None]) -> None:
         """Do `work`; what the disk refuses becomes one line."""
@@ -147,7 +146,7 @@ class Checkpoints:
             for name in names:
                 path = hidden / name
                 follow_umask(path)
-                sync_file(path)
+                sync(path)
                 files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         except Exception as error:  # told to all ranks, so that none waits for this one
             return {"error": f"rank {rank}: {error}"[:1000]}
@@ -164,12 +163,12 @@ class Checkpoints:
         body: dict[str, Any] = {"format": FORMAT, "step": step, "world": self.ranks.world}
         body.update(self.facts)
         body["files"] = {n: f for report in reports for n, f in report["files"].items()}
-        sync_folder(hidden)
+        sync(hidden)
         write_durably(hidden / "manifest.json", _manifest_text(body))
         if folder.exists():  # the damaged one that an earlier resume skipped
             folder.rename(self.root / f".{folder.name}.replaced")
         os.rename(hidden, folder)
-        sync_folder(self.root)
+        sync(self.root)
         self._prune(folder)
 
     def _prune(self, newest: Path) -> None:

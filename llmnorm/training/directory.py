@@ -6,24 +6,27 @@
 a directory that the next start understands.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from safetensors import SafetensorError
 
 from llmnorm.config import RunConfig, load_run_config
+from llmnorm.durable import follow_umask, sync, take_lock, write_durably
 from llmnorm.errors import ConfigError, EnvironmentProblem, LlmNormError
-from llmnorm.training.durable import follow_umask, sync_file, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
 
 _OURS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class RunDirectory:
@@ -56,8 +59,8 @@ class RunDirectory:
             if not self.final.is_dir():
                 (self.path / "exit.json").unlink(missing_ok=True)  # of the start before
                 shutil.rmtree(self.final_in_making, ignore_errors=True)
-            (self.path / "eval").mkdir(exist_ok=True)
-            write_durably(self.config_file, config.to_yaml())
+                (self.path / "eval").mkdir(exist_ok=True)
+                write_durably(self.config_file, config.to_yaml())
         except OSError as error:
             self.close()
             raise EnvironmentProblem(f"output.dir={self.path} cannot be used: {error}") from error
@@ -69,12 +72,10 @@ class RunDirectory:
     def _lock(self) -> None:
         """Keep other runs out until this process ends, however it ends."""
         self._handle = open(self.path / ".lock", "a")  # noqa: SIM115 (held until the run ends)
-        try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take_lock(fcntl.lockf, self._handle.fileno(), self.path):
             raise EnvironmentProblem(
                 f"output.dir={self.path} is in use by another run; wait for it or choose another"
-            ) from error
+            )
 
     def close(self) -> None:
         """Let other runs in."""
@@ -114,15 +115,38 @@ class RunDirectory:
         for path in sorted(self.final_in_making.rglob("*")):
             if path.is_file():
                 follow_umask(path)
-                sync_file(path)
-        sync_folder(self.final_in_making)
+                sync(path)
+        sync(self.final_in_making)
         os.rename(self.final_in_making, self.final)
-        sync_folder(self.path)
+        sync(self.path)
+
+    @contextmanager
+    def telling_when_full(self) -> Iterator[None]:
+        """Say in one line what a full or read-only disk refuses, wherever the run meets it."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = getattr(error, "errno", None)
+            if number in _FULL or any(f"(os error {full})" in str(error) for full in _FULL):
+                raise EnvironmentProblem(
+                    f"output.dir={self.path} cannot be written: {error}; make room, then start the "
+                    "run again to continue it"
+                ) from error
+            raise
 
     def write_exit(self, *, code: int, step: int, cause: str, rank: int) -> None:
-        """Record how the run ended; launchers replace exit codes, this file keeps ours."""
+        """Record how the run ended; launchers replace exit codes, this file keeps ours.
+
+        The first of this start wins: what fails later, on any rank, is its consequence.
+        """
         record = {"code": code, "rank": rank, "step": step, "cause": cause[:2000]}
-        write_durably(self.path / "exit.json", json.dumps(record) + "\n")
+        try:
+            with open(self.path / "exit.json", "x", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+        except FileExistsError:
+            pass
+        except OSError as error:
+            logger.warning("exit.json cannot be written: %s", error)
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -148,7 +172,7 @@ def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def tracker_config(config: RunConfig) -> dict[str, Any]:
     """Return the run file as flat values that every tracker can store."""
-    flat = flatten(yaml.safe_load(config.to_yaml()))
+    flat = flatten(config.model_dump(mode="json"))
     plain = (str, int, float, bool)
     return {key: v if isinstance(v, plain) else json.dumps(v) for key, v in flat.items()}
 

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from llmnorm.durable import write_durably
 from llmnorm.errors import EnvironmentProblem
 from llmnorm.training.assembly import Plan
-from llmnorm.training.durable import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ class MetricsFile:
         os.fsync(self._handle.fileno())
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._handle.close()
+        """Close; what the disk refused has been told when it was written."""
+        with suppress(OSError):
+            self._handle.close()
 
 
 def _records(path: Path) -> Iterable[tuple[str, int]]:
@@ -105,6 +106,11 @@ def open_trackers(names: Iterable[str], folder: Path, config: Record) -> list[Ge
             raise EnvironmentProblem(
                 f"log.trackers asks for {name}, whose package is missing ({error}); "
                 f"pip install 'llmnorm[{name}]' or drop it"
+            ) from error
+        except Exception as error:  # each tracker has its own, for no login and no network
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise EnvironmentProblem(
+                f"log.trackers asks for {name}, which does not start: {first}; log in or drop it"
             ) from error
         trackers.append(tracker)
     return trackers

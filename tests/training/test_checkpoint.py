@@ -33,7 +33,9 @@ def _pieces(step: int) -> list[Piece]:
 
 
 def _save(checkpoints: Checkpoints, *steps: int) -> list[Path]:
-    return [checkpoints.save(step, _pieces(step), {"step": step}) for step in steps]
+    for step in steps:
+        checkpoints.save(step, _pieces(step), {"step": step})
+    return [checkpoints.root / f"step_{step:08d}" for step in steps]
 
 
 def test_the_newest_verified_checkpoint_is_found(tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def test_a_tracker_without_its_package_is_one_clear_error(
         open_trackers(["wandb"], tmp_path, {})
 
 
+def test_a_tracker_that_does_not_start_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoLogin:
+        requires_logging_directory = False
+
+        def __init__(self, name: str) -> None:
+            raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(metrics.LOGGER_TYPE_TO_CLASS, "wandb", NoLogin)
+    with pytest.raises(EnvironmentProblem, match=r"wandb.*: api_key not configured \(no-tty\);"):
+        open_trackers(["wandb"], tmp_path, {})
+
+
 def test_tensorboard_gets_the_numbers_through_accelerate(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     (tracker,) = open_trackers(["tensorboard"], tmp_path / "run", {"optimizer.lr": 0.1})
