@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmnorm.build import build_config, build_model
@@ -22,6 +19,7 @@ from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.training.environment import parameter_counts
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
+from llmnorm.training.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
             schedule.name,
             horizon=steps,
             warmup_steps=schedule.warmup_steps,
-            decay_steps=0.2 if schedule.decay_steps is None else schedule.decay_steps,
+            decay_steps=schedule.decay_steps,
             final_lr_fraction=schedule.final_lr_fraction,
         ),
     )
@@ -138,8 +136,8 @@ def make_batches(config: RunConfig, data: Prepared, plan: Plan, ranks: Ranks) ->
     )
 
 
-def make_model(config: RunConfig, data: Prepared) -> PreTrainedModel:
-    """Build the model for this data, fresh or from `training.init_from`.
+def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> PreTrainedModel:
+    """Build the model for this data, fresh or with the weights of the folder `init_from`.
 
     Raises:
         ConfigError: if `model.overrides` gives a smaller vocabulary than the data's.
@@ -164,45 +162,6 @@ def make_model(config: RunConfig, data: Prepared) -> PreTrainedModel:
         arguments["max_position_embeddings"] = config.data.seq_len
         model_config = build_config(**arguments)
     model = build_model(model_config, seed=config.training.seed)
-    if config.training.init_from is not None:
-        load_weights(model, config.training.init_from)
+    if init_from is not None:
+        load_weights(model, init_from)
     return model
-
-
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the weights of a Hugging Face folder (safetensors) into a model of the same shape.
-
-    Raises:
-        CheckpointError: if there are none, or names or shapes differ (the first are named).
-    """
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as handle:
-                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
-        except SafetensorError as error:
-            raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
-    if not stored:
-        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
-    wanted = dict(model.named_parameters())
-    tied = set(model.state_dict()) - set(wanted)
-    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-    problems += [f"{name} is not in the model" for name in stored.keys() - wanted.keys() - tied]
-    problems += _shape_problems(wanted, stored)
-    if problems:
-        raise CheckpointError(
-            f"training.init_from={folder} has another shape ({'; '.join(sorted(problems)[:3])}); "
-            "expected the weights of this preset, norm and placement"
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(stored[name])
-    logger.info("weights taken from %s", folder)
-
-
-def _shape_problems(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name} is {tuple(stored[name].shape)} and not {tuple(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in stored and stored[name].shape != parameter.shape
-    ]

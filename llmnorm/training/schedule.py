@@ -96,7 +96,7 @@ def make_schedule(
     *,
     horizon: int,
     warmup_steps: float,
-    decay_steps: float = 0.2,
+    decay_steps: float | None = None,
     final_lr_fraction: float = 0.1,
 ) -> Schedule:
     """Return the schedule of a run; what does not fit into the run is shortened with a notice.
@@ -105,7 +105,7 @@ def make_schedule(
         name: cosine, linear, wsd or constant.
         horizon: number of steps of the run.
         warmup_steps: a count, or a fraction of the run below 1.
-        decay_steps: likewise, used by wsd alone.
+        decay_steps: likewise, for wsd alone.
         final_lr_fraction: factor of the last step.
 
     Raises:
@@ -119,6 +119,7 @@ def make_schedule(
         warmup = horizon
     decay = 0 if name == "constant" else horizon - warmup
     if name == "wsd":
+        assert decay_steps is not None, "the run file gives wsd its decay"
         asked = _count(decay_steps, horizon)
         if asked > decay:
             logger.warning("decay of %d steps shortened to the %d after warm-up", asked, decay)

@@ -1,0 +1,115 @@
+"""`training.init_from`: the weights of a finished model as the start of a new run.
+
+Names and shapes must fit, and so must what they do not tell: how the norms are wired, and whether
+the head is the embedding.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmnorm import LlmNormConfig
+from llmnorm.errors import CheckpointError
+from llmnorm.training.directory import flatten
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the weights of a Hugging Face folder (safetensors) into a model of the same shape.
+
+    Raises:
+        CheckpointError: if there are none, or names, shapes, ties or wiring differ (the first are
+            named).
+    """
+    _check_wiring(model, folder)
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as handle:
+                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
+        except SafetensorError as error:
+            raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
+    if not stored:
+        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
+    wanted = dict(model.named_parameters())
+    ties = _ties(model)
+    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    problems += [
+        f"{name} is not in the model" for name in stored.keys() - wanted.keys() - ties.keys()
+    ]
+    problems += _shape_problems(wanted, stored)
+    problems += [
+        f"{name} is not {owner}, to which this model ties it"
+        for name, owner in ties.items()
+        if name in stored and owner in stored and not torch.equal(stored[name], stored[owner])
+    ]
+    if problems:
+        raise CheckpointError(
+            f"training.init_from={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
+            "expected the weights of this preset, norm and placement"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+    logger.info("weights taken from %s", folder)
+
+
+def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model of ours whose weights have the same shapes but another meaning."""
+    assert isinstance(model.config, LlmNormConfig)
+    path = folder / "config.json"
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        if text.get("model_type") != LlmNormConfig.model_type:
+            return
+        stored, wanted = _wiring(LlmNormConfig.from_dict(text)), _wiring(model.config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
+    for key in [*wanted, *stored]:
+        if stored.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"training.init_from={folder} holds another model: its {key} is {stored.get(key)}, "
+                f"this run's {wanted.get(key)}; expected the same norm, placement and overrides"
+            )
+
+
+def _wiring(config: LlmNormConfig) -> dict[str, Any]:
+    """Return what the weights' names and shapes do not tell, under dotted keys."""
+    norm, embedding = config.final_norm_spec(), config.embedding_spec()
+    return flatten(
+        {
+            "num_attention_heads": config.num_attention_heads,
+            "hidden_act": config.hidden_act,
+            "position": config.position,
+            "residuals": {
+                str(index): {"attn": attn.to_dict(), "mlp": mlp.to_dict()}
+                for index, (attn, mlp) in enumerate(config.residual_specs())
+            },
+            "final_norm": norm and norm.to_dict(),
+            "embedding": embedding.treatment,
+            "embedding_norm": embedding.norm and embedding.norm.to_dict(),
+        }
+    )
+
+
+def _ties(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names under which a parameter stands a second time, with its first name."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = model.state_dict(keep_vars=True)
+    return {key: first[id(p)] for key, p in state.items() if first.get(id(p), key) != key}
+
+
+def _shape_problems(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} is {tuple(stored[name].shape)} and not {tuple(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in stored and stored[name].shape != parameter.shape
+    ]
