@@ -59,13 +59,13 @@ def train(config: RunConfig) -> int:
             return 0
         trainer = Trainer(config, engine, directory, stop)
         try:
-            code, cause = trainer.run()
-            trainer.record_exit(code, cause)
-        except LlmNormError as error:
-            trainer.record_exit(error.exit_code, str(error))
-            raise
+            with directory.telling_when_full():
+                code, cause = trainer.run()
+            if engine.ranks.is_main:
+                trainer.record_exit(code, cause)
         except Exception as error:
-            trainer.record_exit(1, f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, LlmNormError) else f"{type(error).__name__}: "
+            trainer.record_exit(getattr(error, "exit_code", 1), f"{kind}{error}")
             raise
         finally:
             trainer.close()
@@ -123,12 +123,13 @@ class Trainer:
     def build(self) -> None:
         """Make data, plan, model and engine; find the checkpoint to continue from."""
         config, training = self.config, self.config.training
-        seed_generators(training.seed)
+        seed_generators(training.seed + self.ranks.rank)  # dropout differs between ranks
         prefer_determinism(self.device)
         self.data = assembly.open_data(config, self.ranks)
         self.plan = assembly.make_plan(config, self.ranks.world)
-        self.model = assembly.make_model(config, self.data)
         self.found = self.find_checkpoint()
+        init_from = training.init_from if self.found is None else None
+        self.model = assembly.make_model(config, self.data, init_from)
         start = environment.start_record(self.ranks)
         self.facts = self.ranks.on_main(
             lambda: remember_start(self.directory.environment_file, self.describe, start)
@@ -143,7 +144,7 @@ class Trainer:
         self.engine.prepare(
             objective, lambda model: make_optimizer(model, config.optimizer), self.precision
         )
-        self_test(self.model, fresh=training.init_from is None)
+        self_test(self.model, fresh=init_from is None)
         self.model.train()
 
     def find_checkpoint(self) -> Path | None:
@@ -288,8 +289,7 @@ class Trainer:
 
     def record_exit(self, code: int, cause: str) -> None:
         """Keep the exit code and its cause in exit.json, whatever a launcher makes of them."""
-        if self.ranks.is_main:
-            self.directory.write_exit(code=code, step=self.step, cause=cause, rank=0)
+        self.directory.write_exit(code=code, step=self.step, cause=cause, rank=self.ranks.rank)
 
     def close(self) -> None:
         """Close files; let other runs into the directory."""

@@ -40,10 +40,6 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.sums(0.0)
-
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's JSON `value` on every rank."""
         if self.world == 1:
@@ -57,13 +53,14 @@ class Ranks:
         dist.broadcast(data, src=0)
         return json.loads(bytes(data.cpu().tolist()))
 
-    def gather(self, value: Any, limit: int = 4096) -> list[Any]:
-        """Return every rank's JSON `value` (at most `limit` bytes each), in rank order."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's JSON `value`, in rank order."""
         if self.world == 1:
             return [value]
         payload = json.dumps(value).encode()
-        assert len(payload) <= limit, f"{len(payload)} bytes to gather, at most {limit}"
-        data = torch.frombuffer(bytearray(payload.ljust(limit)), dtype=torch.uint8).to(self.device)
+        sizes = self.sums(*(len(payload) * (rank == self.rank) for rank in range(self.world)))
+        padded = bytearray(payload.ljust(int(max(sizes))))
+        data = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
         parts = [torch.empty_like(data) for _ in range(self.world)]
         dist.all_gather(parts, data)
         return [json.loads(bytes(part.cpu().tolist())) for part in parts]

@@ -137,6 +137,95 @@ def test_two_processes_stopped_and_killed_by_one_ranks_signal_continue_bit_for_b
     assert numbers(ended) == numbers(straight)
 
 
+# Rank 1 fails by itself; rank 0 then loses it in a collective.
+FAILING = """
+import sys, time
+from llmnorm.config import load_run_config
+from llmnorm.errors import DataError
+from llmnorm.training import loop
+
+real = loop.Trainer.take_step
+
+def take_step(self, batches):
+    if self.step == 3 and self.ranks.rank == 1:
+        raise DataError("shard 7 is torn")
+    return real(self, batches)
+
+loop.Trainer.take_step = take_step
+loop.train(load_run_config(None, sys.argv[1:]))
+"""
+
+
+def test_the_rank_that_fails_says_so_in_exit_json(
+    data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    with pytest.raises(AssertionError, match="a rank failed"):
+        run_ranks(script, *_words(data, tmp_path / "run"))
+    leaving = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert leaving == {"code": 4, "rank": 1, "step": 3, "cause": "shard 7 is torn"}
+
+
+# What two ranks share and what they do not, told by both through `gather`.
+RANKS = """
+import hashlib, sys
+from datetime import timedelta
+
+import torch
+from llmnorm.config import load_run_config
+from llmnorm.training import assembly, loop
+
+real_group, real_model, timeouts = torch.distributed.init_process_group, assembly.make_model, []
+real_step, real_finish = loop.Trainer.take_step, loop.Trainer.finish
+
+def init_process_group(*args, **kwargs):
+    timeouts.append(kwargs["timeout"])
+    return real_group(*args, **kwargs)
+
+def hashed(model):
+    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(weights).hexdigest()
+
+def make_model(*args):
+    model = real_model(*args)
+    made.append(hashed(model))
+    return model
+
+def take_step(self, batches):
+    state = torch.get_rng_state().sum().item()
+    one, other = self.ranks.gather([made[0], hashed(self.model), state])
+    assert one[:2] == other[:2], "weights differ"
+    assert one[2] != other[2], "random states are equal"
+    return real_step(self, batches)
+
+def finish(self):
+    seen = self.ranks.gather(["\\U0001f600\\udcff" * 3000 * (1 + self.ranks.rank)])
+    assert [len(text) for text, in seen] == [6000, 12000], [len(text) for text, in seen]
+    one, other = self.ranks.gather(hashed(self.model))
+    assert one == other, "weights differ"
+    real_finish(self)
+
+made = []
+torch.distributed.init_process_group = init_process_group
+assembly.make_model = make_model
+loop.Trainer.take_step = take_step
+loop.Trainer.finish = finish
+loop.train(load_run_config(None, sys.argv[1:]))
+assert timeouts == [timedelta(hours=2)], timeouts
+"""
+
+
+def test_ranks_draw_other_random_numbers_and_keep_equal_weights(
+    data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    """Dropout masks differ; any text can be gathered; ranks wait long for each other."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    words = _words(data, tmp_path / "run", training__max_steps=3)
+    run_ranks(script, *words, "--model.overrides.attention_dropout", 0.3)
+
+
 def test_each_gradient_is_that_of_the_global_mean_in_float64(
     tmp_path: Path, run_ranks: RunRanks
 ) -> None:

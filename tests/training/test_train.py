@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from llmnorm.config import RunConfig, load_run_config
@@ -20,6 +21,7 @@ from llmnorm.data import Prepared
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
 from llmnorm.training import loop
 from llmnorm.training.checkpoint import verify
+from llmnorm.training.directory import RunDirectory
 from llmnorm.training.engines.plain import PlainEngine
 from llmnorm.training.loop import Diverged, train
 from llmnorm.training.signals import STOPPED_BY_SIGNAL
@@ -127,6 +129,22 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert hashes[0] == hashes[1]
 
 
+def test_a_run_continues_with_other_micro_batches_and_recomputation(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped = tiny("straight"), tiny("stopped")
+    train(straight)
+    _stop_after(8, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(stopped)
+    how = {"training__micro_batch_size": 2, "training__activation_checkpointing": True}
+    train(tiny("stopped", **how))
+    for one, other in zip(numbers(straight.output.dir), numbers(stopped.output.dir), strict=True):
+        assert other == pytest.approx(one, rel=1e-6)
+        if one["step"] <= 6:
+            assert other == one
+
+
 def test_saving_logging_and_validating_change_no_number(tiny: Tiny) -> None:
     often = tiny("often", checkpoint__interval_steps=1, eval__interval_steps=1)
     never = tiny("never", checkpoint__interval_steps=0, eval__interval_steps=0)
@@ -178,8 +196,10 @@ def test_another_configuration_is_refused_with_the_differing_keys(tiny: Tiny) ->
     other = tiny(training__max_steps=2, optimizer__lr=0.02, model__norm__op="layernorm")
     with pytest.raises(ConfigError, match=r"model\.norm\.op: .*optimizer\.lr: 0.01 became 0.02"):
         train(other)
+    before = (other.output.dir / "config.yaml").read_bytes()
     free = tiny(training__max_steps=2, checkpoint__keep=5, log__interval_steps=1)
     assert train(free) == 0
+    assert (other.output.dir / "config.yaml").read_bytes() == before  # of the run that was
 
 
 def test_never_refuses_a_directory_that_holds_a_run(tiny: Tiny) -> None:
@@ -344,8 +364,58 @@ def test_a_run_may_start_from_the_weights_of_another(tiny: Tiny) -> None:
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight is \(32, 64\)"):
         train(wider)
     other = tiny("other", training__init_from=final, model__norm__op="derf")
-    with pytest.raises(CheckpointError, match="alpha is missing"):
+    with pytest.raises(CheckpointError, match=r"attn\.pre\.op is rmsnorm, this run's derf"):
         train(other)
+
+
+def test_continuing_needs_no_weights_to_start_from(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny("first", training__max_steps=2)
+    train(first)
+    final = first.output.dir / "final"
+    straight, stopped = (tiny(name, training__init_from=str(final)) for name in ("one", "two"))
+    train(straight)
+    _stop_after(8, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(stopped)
+    (final / "model.safetensors").unlink()
+    assert train(stopped) == 0
+    assert numbers(stopped.output.dir) == numbers(straight.output.dir)
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("llmnorm.training.metrics.MetricsFile.write", OSError(28, "No space left on device")),
+        ("llmnorm.training.loop.remember_start", OSError(30, "Read-only file system")),
+        (
+            "llmnorm.training.engines.plain.PlainEngine.finish",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+    ],
+    ids=["metrics", "environment", "final"],
+)
+def test_a_full_disk_is_one_line(
+    where: str, error: Exception, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(where, refuse)
+    config = tiny(training__max_steps=1)
+    with pytest.raises(EnvironmentProblem, match=r"cannot be written: .*; make room"):
+        train(config)
+    leaving = json.loads((config.output.dir / "exit.json").read_text())
+    assert (leaving["code"], leaving["rank"]) == (3, 0)
+
+
+def test_the_first_failure_of_a_start_is_the_one_recorded(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_exit(code=4, step=3, cause="the data", rank=1)
+    directory.write_exit(code=1, step=3, cause="connection closed", rank=0)
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert record == {"code": 4, "rank": 1, "step": 3, "cause": "the data"}
 
 
 def test_max_tokens_ends_the_run_and_sets_the_schedule(tiny: Tiny) -> None:

@@ -6,12 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
@@ -25,6 +26,8 @@ from llmnorm.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = timedelta(hours=2)
+"""How long ranks wait for each other: rank 0 reads all data and checkpoints before it begins."""
 _GROUPS = "param_groups"
 """Pseudo-parameter under which the numbers of the optimizer's groups are saved."""
 _NUMBER = ":number"
@@ -49,8 +52,9 @@ class PlainEngine:
 
     def __init__(self, *, cpu: bool) -> None:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        group = InitProcessGroupKwargs(timeout=_PATIENCE)
         self.accelerator = Accelerator(
-            cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp]
+            cpu=cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp, group]
         )
         world = self.accelerator.num_processes
         self.wrapped: Any = None
