@@ -22,14 +22,18 @@ _MOST_TOKENS = 2048
 _ROUNDS = 5
 
 _PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 9.89e14,
-    "H100": 9.89e14,
-    "A100": 3.12e14,
-    "L40": 1.81e14,
-    "4090": 1.65e14,
+    "NVIDIA B200": 2.25e15,
+    "NVIDIA H200": 9.89e14,
+    "NVIDIA H100 80GB HBM3": 9.89e14,
+    "NVIDIA A100-SXM4-40GB": 3.12e14,
+    "NVIDIA A100-SXM4-80GB": 3.12e14,
+    "NVIDIA A100-PCIE-40GB": 3.12e14,
+    "NVIDIA A100 80GB PCIe": 3.12e14,
+    "NVIDIA L40S": 3.62e14,
+    "NVIDIA L40": 1.81e14,
+    "NVIDIA GeForce RTX 4090": 1.65e14,
 }
-"""Dense bfloat16 peaks of the vendors' data sheets, by a part of the device's name."""
+"""Dense bfloat16 peaks of the vendors' data sheets; variants (NVL, PCIe, D) have other peaks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +110,24 @@ def _time_both(device: torch.device, hidden_size: int, tokens: int) -> tuple[flo
 def peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
     """Return operations per second that MFU is relative to, and where the number is from.
 
-    A known GPU has its data sheet's peak; anything else the rate of a large product measured here.
+    A known GPU in bfloat16 has its data sheet's peak; anything else the rate of a large product
+    measured here.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and precision.name == "bf16":
         name = torch.cuda.get_device_name(device)
-        for part, flops in _PEAK_FLOPS.items():
-            if part in name:
-                return flops, f"data sheet of {name}, dense bfloat16"
+        if name in _PEAK_FLOPS:
+            return _PEAK_FLOPS[name], f"data sheet of {name}, dense bfloat16"
     size = 1024 if device.type == "cpu" else 8192
-    x = torch.ones(size, size, device=device, dtype=precision.dtype or torch.float32)
+    seconds = _time_product(size, device, precision.dtype or torch.float32)
+    return 2 * size**3 / seconds, f"measured product of {size} x {size} matrices"
+
+
+def _time_product(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the least seconds of a product of two square matrices."""
+    x = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(_ROUNDS):
         begun = time.perf_counter()
         (x @ x)[0, 0].item()
         seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(seconds), f"measured product of {size} x {size} matrices"
+    return min(seconds)

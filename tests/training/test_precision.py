@@ -14,7 +14,7 @@ from llmnorm.training.compiling import compile_blocks, decide_compile
 from llmnorm.training.engines.plain import PlainEngine
 from llmnorm.training.loop import train
 from llmnorm.training.objective import Objective
-from llmnorm.training.precision import decide_precision, peak_flops
+from llmnorm.training.precision import Precision, decide_precision, peak_flops
 
 from .conftest import metrics
 
@@ -52,6 +52,28 @@ def test_what_is_asked_for_is_taken_and_its_peak_known() -> None:
     flops, source = peak_flops(CPU, precision)
     assert flops > 1e8
     assert "measured" in source
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("gpu", "precision", "flops"),
+    [
+        ("NVIDIA L40S", "bf16", 3.62e14),
+        ("NVIDIA L40", "bf16", 1.81e14),
+        ("NVIDIA H200", "bf16", 9.89e14),
+        ("NVIDIA H100 PCIe", "bf16", None),  # another peak than the SXM module's
+        ("NVIDIA H200", "fp32", None),
+    ],
+)
+def test_a_data_sheets_peak_is_used_for_its_own_gpu_and_precision_alone(
+    gpu: str, precision: str, flops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    monkeypatch.setattr("llmnorm.training.precision._time_product", lambda *_: 1.0)
+    chosen = Precision(name=precision, device_type="cuda", reason="test")
+    peak, source = peak_flops(torch.device("cuda"), chosen)
+    assert peak == (flops or 2 * 8192**3)
+    assert ("measured" in source) == (flops is None)
 
 
 def test_weights_moments_and_gradients_stay_float32_under_bfloat16(
