@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmnorm.build import build_config, source_of
+from llmnorm.environment import parameter_counts
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation
@@ -36,15 +37,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def count_parameters(config: LlmNormConfig) -> tuple[int, int]:
-    """Return (all parameters, those outside embedding and head), without allocating them.
-
-    A head that is tied to the embedding is counted once.
-    """
+    """Return (all parameters, those outside embedding and head), without allocating them."""
     with torch.device("meta"):
-        model = LlmNormForCausalLM(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return total, total - sum(table.numel() for table in tables)
+        counts = parameter_counts(LlmNormForCausalLM(config))
+    return counts["total"], counts["non_embedding"]
 
 
 def _presets() -> Table:

@@ -440,9 +440,7 @@ def test_every_key_of_a_folder_of_shapes_counts_or_is_refused(tmp_path: Path) ->
     assert config.rope_parameters["rope_theta"] == 5e5
     assert (config.qk_norm, config.init) == ("per_head", "scaled")
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layer": 9}))
-    with pytest.raises(
-        ConfigError, match=r"config\.json: no config field is called 'num_hidden"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.json: no config field is called 'num_hidden"):
         build_config(tmp_path)
 
 

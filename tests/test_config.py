@@ -161,7 +161,6 @@ def test_every_key_refuses_a_wrong_type_by_name(path):
         (["--schedule.warmup_steps=1.5"], "a count of steps (a whole number) or a fraction"),
         (["--training.max_steps=null"], "nothing ends the run"),
         (["--checkpoint.resume=no/such/folder"], "folder of a checkpoint that exists"),
-        (["--training.init_from=no/such/folder"], "there is no config.json in it"),
         (["--optimizer.name=adam"], "did you mean adamw?"),
         (["--optimizer.name=no_such_package.optim:Fancy"], "'no_such_package' is not installed"),
         (["--optimizer.betas=[0.9]"], "at least 2 items"),

@@ -25,6 +25,7 @@ SCRIPTS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "eval").glob("*.py")]
 LAYERS = {
     "errors": 0,
     "durable": 1,
+    "environment": 1,
     "resources": 1,
     "modeling": 2,
     "placements": 3,

@@ -212,13 +212,6 @@ class TrainingSection(Section):
             raise ValueError(f"more than training.global_batch_size, which is {whole}")
         return value
 
-    @field_validator("init_from")
-    @classmethod
-    def _weights_exist(cls, value: Path | None) -> Path | None:
-        if value is not None and not (value / "config.json").is_file():
-            raise ValueError("expected a Hugging Face folder; there is no config.json in it")
-        return value
-
 
 class EvalSection(Section):
     """Validation while training; it changes no weight."""

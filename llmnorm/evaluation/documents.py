@@ -123,10 +123,15 @@ def _source(path: Path, text_column: str) -> FileSource:
         raise DataError(
             f"{path} does not exist; expected a prepared folder, a text file or a jsonl file"
         )
-    names = [path.name] if path.is_file() else [file.name for file in path.rglob("*")]
-    if any(_without_compression(name).endswith(_JSON_ENDINGS) for name in names):
-        return Jsonl(path, text_column=text_column)
-    return Text(path, whole_files=False)
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    names = [file.name for file in files if not file.name.startswith(".")]
+    json = [n for n in names if _without_compression(n).endswith(_JSON_ENDINGS)]
+    if json and len(json) < len(names):
+        other = next(name for name in names if name not in json)
+        raise DataError(
+            f"{path} mixes {json[0]} with {other}; give a folder of one kind, or a file"
+        )
+    return Jsonl(path, text_column=text_column) if json else Text(path, whole_files=False)
 
 
 def _without_compression(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from llmnorm.environment import device_name, versions
 from llmnorm.evaluation import records
 from llmnorm.evaluation.documents import open_documents
 from llmnorm.evaluation.harness import score_tasks
@@ -116,6 +117,6 @@ def score_run(run: Path, data: Path, tasks: Sequence[str], include_path: Path | 
 def _provenance(loaded: Loaded, *packages: str) -> records.Record:
     return {
         "model": loaded.source.name,
-        "versions": records.versions("accelerate", "tokenizers", *packages),
-        "device": records.device_name(loaded.model.device),
+        "versions": versions(*packages),
+        "device": device_name(loaded.model.device),
     }

@@ -1,37 +1,18 @@
 """Write what an evaluation measured as one JSON, in the run's `eval/` or where the user says.
 
-Nothing measured before is overwritten: an equal record is kept, a different one gets a number.
+In a run nothing measured before is overwritten: an equal record is kept, a different one gets a
+number. A file that the user names is written as asked.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmnorm.errors import DataError
 
 Record = dict[str, Any]
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("llmnorm", "torch", "transformers", *packages):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words: `cpu`, or the accelerator's own name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def to_json(record: Record) -> str:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from llmnorm.build import build_config, build_model
 from llmnorm.config import RunConfig
 from llmnorm.data import GlobalBatches, Prepared, open_prepared
+from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
-from llmnorm.training.environment import parameter_counts
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
 from llmnorm.training.weights import load_weights

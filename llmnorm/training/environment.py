@@ -1,73 +1,15 @@
-"""What a run stood on: versions, commit, machine, data, parameter counts, command line."""
+"""What environment.json says of a start of a run, and the work that training takes."""
 
 import platform
-import shutil
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-import llmnorm
+from llmnorm.environment import device_name, git_commit, parameter_counts, versions
 from llmnorm.training.ranks import Ranks
-
-_PACKAGES = (
-    "llmnorm", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "triton"
-)  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """Return the commit of llmnorm's checkout, with `-dirty` after local edits, if it is one."""
-    git = shutil.which("git")
-    folder = Path(llmnorm.__file__).parent
-    if git is None or not (folder.parent / ".git").exists():
-        return None
-    answer = subprocess.run(
-        [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-def device_name(device: torch.device) -> str:
-    """Return the processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of parameters, with and without embedding and head.
-
-    A head that shares the embedding's matrix is counted once.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    ends = {id(p): p.numel() for module in modules for p in module.parameters()}
-    return {"total": total, "non_embedding": total - sum(ends.values())}
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:

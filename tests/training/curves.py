@@ -15,7 +15,7 @@ import torch
 
 from llmnorm.config import load_run_config
 from llmnorm.data import Prepared
-from llmnorm.training.environment import device_name
+from llmnorm.environment import device_name
 from llmnorm.training.loop import train
 
 FILE = Path(__file__).with_name("data") / "curves.json"
