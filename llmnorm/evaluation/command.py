@@ -1,15 +1,10 @@
-"""Score and compare models: perplexity, lm-eval tasks, samples, tables of runs."""
+"""Score a model: perplexity, lm-eval tasks."""
 
 import argparse
 
-from llmnorm.evaluation.commands import compare, generate, harness, perplexity
+from llmnorm.evaluation.commands import harness, perplexity
 
-_COMMANDS = {
-    "perplexity": perplexity,
-    "harness": harness,
-    "generate": generate,
-    "compare": compare,
-}
+_COMMANDS = {"perplexity": perplexity, "harness": harness}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
