@@ -10,7 +10,7 @@ import pytest
 from llmnorm.cli import run_command
 from llmnorm.errors import ConfigError, DataError
 from llmnorm.evaluation import command
-from llmnorm.evaluation.commands import harness, perplexity
+from llmnorm.evaluation.commands import compare, generate, harness, perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +29,11 @@ FIELDS = [
 SCORE_TEXT = ["perplexity", "--model", "MODEL", "--data", "TEXT"]
 
 
-def llmnorm(*words: object) -> int:
-    return run_command(command, "llmnorm", [str(word) for word in words])
+def llmnorm(name: str, *words: object) -> int:
+    own = {"generate": generate, "compare": compare}
+    if name in own:
+        return run_command(own[name], f"llmnorm {name}", [str(word) for word in words])
+    return run_command(command, "llmnorm eval", [name, *map(str, words)])
 
 
 def test_perplexity_prints_one_json_and_writes_it_to_the_run(

@@ -113,3 +113,13 @@ def test_tokens_of_another_tokenizer_are_refused(corpus, make_model, model_folde
         open_documents(prepared, bare)
     fitting = load(str(make_model(tokenizer=False, vocab_size=270)))
     assert len(list(open_documents(prepared, fitting).documents)) > 0
+
+
+@pytest.mark.fast
+def test_a_folder_that_mixes_text_and_jsonl_is_refused(loaded, tmp_path):
+    (tmp_path / ".hidden.json").write_text("{}")
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert len(list(open_documents(tmp_path, loaded).documents)) == 2
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
+    with pytest.raises(DataError, match=r"mixes b\.jsonl with a\.txt"):
+        open_documents(tmp_path, loaded)
