@@ -116,6 +116,8 @@ class LlmNormConfig(PreTrainedConfig):
             raise ValueError(
                 "rms_norm_eps is not read; set it in the norm: {op: rmsnorm, eps: ...}"
             )
+        if not isinstance(self.rope_parameters, dict | None):
+            raise ValueError(f"rope_parameters is {self.rope_parameters!r}; expected a mapping")
         if "rope_theta" in kwargs:
             self.rope_parameters = {**(self.rope_parameters or {})}
             self.rope_parameters["rope_theta"] = kwargs.pop("rope_theta")
@@ -152,8 +154,8 @@ class LlmNormConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             given = getattr(self, name)
             for token in given if isinstance(given, list) else [given]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name} is {token}; the vocabulary has {self.vocab_size}")
+                if not (token is None or (isinstance(token, int) and 0 <= token < self.vocab_size)):
+                    raise ValueError(f"{name} is {token!r}; the vocabulary has {self.vocab_size}")
         _one_of("mlp", self.mlp, ("gated", "plain"))
         _one_of("position", self.position, tuple(POSITIONS))
         _one_of("hidden_act", self.hidden_act, tuple(ACT2FN))

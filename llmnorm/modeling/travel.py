@@ -5,8 +5,9 @@ of a foreign operation is copied beside the modeling code, and the copy of
 `configuration_llmnorm.py` imports it. What cannot travel is refused before anything is written.
 """
 
-import re
+import ast
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from torch import nn
@@ -14,15 +15,15 @@ from torch import nn
 from .operations import OPERATIONS
 
 _PACKAGE = __name__.rpartition(".")[0]
-_OURS = re.compile(r"^from llmnorm(?:\.modeling\.\w+)? import (.+)$", re.MULTILINE)
+_OFFERED = {"register_norm", "register_gain", "compute_dtype"}
 
 
 def foreign_sources(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Module name -> (class name, source made relative) of every foreign operation in the model.
 
     Raises:
-        ValueError: for a class of `__main__`, or a file that imports more of llmnorm than
-            `register_norm`, `register_gain` and `compute_dtype`.
+        ValueError: for a class of `__main__`, or a file that imports what will not be there: files
+            beside it, or more of llmnorm than `register_norm`, `register_gain`, `compute_dtype`.
     """
     known = tuple(OPERATIONS.values())
     classes = {type(m) for m in model.modules() if isinstance(m, known)}
@@ -42,13 +43,32 @@ def _relative(cls: type[nn.Module]) -> str:
             f"{cls.__name__} is defined in {cls.__module__}, so its code cannot be saved with the "
             "model; move it to a file of its own and import that"
         )
-    source = _OURS.sub(r"from .operations import \1", Path(file).read_text(encoding="utf-8"))
-    if re.search(r"^\s*(from|import) llmnorm", source, re.MULTILINE):
-        raise ValueError(
-            f"{file}: {cls.__name__} must travel with the model, where llmnorm is not installed; "
-            "import only register_norm, register_gain and compute_dtype, each line at the top level"
-        )
-    return source
+    source = Path(file).read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom) and not _is_installed(node):
+            offered = isinstance(node, ast.ImportFrom) and str(node.module).startswith("llmnorm")
+            names = {alias.name for alias in node.names}
+            if not (offered and names <= _OFFERED and node.lineno == node.end_lineno):
+                raise ValueError(
+                    f"{file}:{node.lineno}: {cls.__name__} must travel with the model, where this "
+                    f"import is missing; use installed packages and llmnorm's {sorted(_OFFERED)}"
+                )
+            indent = lines[node.lineno - 1][: node.col_offset]
+            lines[node.lineno - 1] = f"{indent}from .operations import {', '.join(sorted(names))}\n"
+    return "".join(lines)
+
+
+def _is_installed(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import is of the standard library or of an installed package but llmnorm."""
+    if isinstance(node, ast.ImportFrom) and node.level:
+        return False
+    modules = (
+        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+    )
+    roots = {str(module).partition(".")[0] for module in modules}
+    known = sys.stdlib_module_names | packages_distributions().keys()
+    return "llmnorm" not in roots and roots <= known
 
 
 def write_sources(sources: dict[str, tuple[str, str]], folder: Path) -> None:

@@ -85,11 +85,21 @@ def test_a_foreign_norm_loads_where_its_package_is_missing(foreign_model, tmp_pa
 
 
 @pytest.mark.fast
-def test_a_foreign_norm_that_needs_llmnorm_is_refused_before_anything_is_written(
-    foreign_model, tmp_path
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import llmnorm.build",
+        "from llmnorm import register",
+        "from llmnorm.modeling.norms import RMSNorm",
+        "import beside_my_norms",
+    ],
+)
+def test_a_foreign_norm_that_needs_what_stays_behind_is_refused_before_anything_is_written(
+    line, foreign_model, tmp_path
 ):
-    model = foreign_model("import llmnorm.build")
-    with pytest.raises(ValueError, match=r"my_norms.py: HalfRMS must travel"):
+    (tmp_path / "beside_my_norms.py").write_text("")
+    model = foreign_model(line)
+    with pytest.raises(ValueError, match=r"my_norms\.py:5: HalfRMS must travel"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
