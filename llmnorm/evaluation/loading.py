@@ -18,10 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.errors import CheckpointError, ConfigError, DataError
 from llmnorm.evaluation.quiet import quiet
 
 LONGEST_DEFAULT_WINDOW = 2048
+
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 _DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
@@ -107,13 +109,22 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
-    """Return the resolved run file as nested mappings."""
+    """Return the resolved run file as nested mappings.
+
+    Raises:
+        DataError: it cannot be read, or does not say what was trained.
+    """
+    file = run / "config.yaml"
     try:
-        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{run / 'config.yaml'} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{run / 'config.yaml'} holds no mapping; expected a run file")
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    for path in ("model.norm.op", "model.placement.name", "data.seq_len"):
+        value = content
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            raise DataError(f"{file} has no {path}; expected the run file that training writes")
     return content
 
 
@@ -138,7 +149,8 @@ def load(
 
     Raises:
         ConfigError: no such model or tokenizer, or code that is not trusted.
-        CheckpointError: an unfinished run, or weights that cannot be read.
+        CheckpointError: an unfinished run, or weights or a tokenizer that cannot be read.
+        DataError: a run whose config.yaml cannot be read.
     """
     source = find(model)
     _check_config(source, trust_remote_code)
@@ -160,7 +172,7 @@ def _check_config(source: Source, trust_remote_code: bool) -> None:
     except (OSError, ValueError, KeyError) as error:
         hint = " (pass --trust-remote-code to run it)" if "trust_remote_code" in str(error) else ""
         raise ConfigError(
-            f"{source.location} cannot be opened as a model: {_first_line(error)}{hint}"
+            f"{source.location} cannot be opened as a model: {_reason(error)}{hint}"
         ) from error
 
 
@@ -175,13 +187,18 @@ def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedM
             )
     except Exception as error:  # whatever the weights' readers raise, the folder is to blame
         raise CheckpointError(
-            f"{source.location}: the weights cannot be loaded: {_first_line(error)}"
+            f"{source.location}: the weights cannot be loaded: {_reason(error)}"
         ) from error
     model, info = loaded
     if absent := sorted(info["missing_keys"]):  # transformers would leave them at random values
         raise CheckpointError(
             f"{source.location}: {len(absent)} of the model's tensors are not in its weights"
             f" ({', '.join(absent[:3])}); expected a complete causal language model"
+        )
+    if foreign := sorted(info["unexpected_keys"]):  # transformers would leave them out
+        raise CheckpointError(
+            f"{source.location}: {len(foreign)} tensors of its weights are not the model's"
+            f" ({', '.join(foreign[:3])}); expected weights and config.json of the same model"
         )
     return model
 
@@ -192,11 +209,12 @@ def _tokenizer(
     location = other or source.location
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged file makes the readers raise anything
+        problem = f"{location} cannot be opened as a tokenizer: {_reason(error)}"
         if other is not None or eos_token is not None:
-            raise ConfigError(
-                f"{location} cannot be opened as a tokenizer: {_first_line(error)}"
-            ) from error
+            raise ConfigError(problem) from error
+        if any(any(Path(location).glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise CheckpointError(f"{problem}; restore it, or name one with --tokenizer") from error
         return None
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -205,5 +223,7 @@ def _tokenizer(
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """The error's first line, and what helps where a norm of the user's own is not registered."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{line}; import the module that registers it first" if "unknown norm" in line else line

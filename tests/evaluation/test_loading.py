@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmnorm import build_config, build_model
 from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.evaluation.loading import find, load
+from llmnorm.modeling import operations
 
 pytestmark = pytest.mark.fast
 
@@ -88,3 +90,30 @@ def test_the_end_of_text_token_can_be_named(make_model):
     assert load(folder, eos_token="<|endoftext|>").require_tokenizer().eos_token_id == 0
     with pytest.raises(ConfigError, match="is not a token"):
         load(folder, eos_token="<absent>")
+
+
+def test_unknown_tensors_are_an_error_and_not_left_out(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.extra.weight"] = torch.ones(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 tensors .* not the model's.*layers\.0\.extra"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "{}", '{"version": "1.0", "added_tokens": 3}'])
+def test_a_damaged_tokenizer_is_not_taken_for_none(model_folder, tmp_path, content):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot be opened as a tokenizer"):
+        load(str(folder))
+
+
+def test_a_norm_that_is_not_registered_says_to_import_its_module(tmp_path, monkeypatch):
+    monkeypatch.setitem(operations.OPERATIONS, "mynorm", operations.OPERATIONS["rmsnorm"])
+    monkeypatch.setattr(operations, "_NORMS", [*operations._NORMS, "mynorm"])
+    config = build_config("debug", norm="mynorm", num_hidden_layers=1)
+    build_model(config).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"unknown norm 'mynorm'.*import the module"):
+        load(str(tmp_path))
