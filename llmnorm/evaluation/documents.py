@@ -23,6 +23,8 @@ from llmnorm.evaluation.loading import Loaded
 
 _TEXTS_TOGETHER = 256
 _JSON_ENDINGS = (".jsonl", ".json")
+_BINARY = (".parquet", ".arrow", ".feather", ".bin", ".idx", ".npy", ".npz", ".pt", ".safetensors",
+           ".pkl", ".h5", ".hdf5", ".zip", ".tar", ".pdf")  # fmt: skip
 _COMPRESSED = (".gz", ".xz", ".zst")
 
 Scored = Iterator[tuple[np.ndarray, int]]
@@ -122,6 +124,11 @@ def _source(path: Path, text_column: str) -> FileSource:
     if not path.exists():
         raise DataError(
             f"{path} does not exist; expected a prepared folder, a text file or a jsonl file"
+        )
+    if path.is_file() and _without_compression(path.name).lower().endswith(_BINARY):
+        raise DataError(
+            f"{path} is no text by its name; prepare it with llmnorm data prepare,"
+            " or give a text or jsonl file"
         )
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     names = [file.name for file in files if not file.name.startswith(".")]

@@ -1,11 +1,15 @@
 """Continue a text with a trained model: what the losses mean, to read."""
 
+import math
 from typing import Any
 
 import torch
 
-from llmnorm.errors import ConfigError
+from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.evaluation.loading import Loaded
+
+_LEAST_TEMPERATURE = 1e-6  # below it, logits divided by the temperature leave fp32
+_SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 
 def continue_text(
@@ -34,8 +38,9 @@ def continue_text(
 
     Raises:
         ConfigError: a setting out of range, no token to begin with, or too long for the model.
+        CheckpointError: the model gives no probabilities, as with weights that are not finite.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
+    _check(prompt, max_new_tokens, temperature, top_k, top_p, seed)
     tokenizer = loaded.require_tokenizer()
     model: Any = loaded.model  # the mixin that generates is not in the type
     ids = _prompt_ids(loaded, prompt)
@@ -51,6 +56,7 @@ def continue_text(
     inputs = torch.tensor([ids], device=model.device)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
+        _check_logits(loaded, model(inputs).logits)
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
@@ -65,11 +71,29 @@ def continue_text(
     return whole.removeprefix(before)
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check_logits(loaded: Loaded, logits: torch.Tensor) -> None:
+    if not logits[:, -1].float().logsumexp(-1).isfinite().all():
+        raise CheckpointError(
+            f"{loaded.source.name}: the model's logits are not finite;"
+            " expected sound weights: use an earlier checkpoint, or --dtype fp32"
+        )
+
+
+def _check(
+    prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    if not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
+        raise ConfigError(
+            f"the prompt {prompt!a} holds bytes that are no text here; expected UTF-8"
+        )
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if not temperature >= 0:
-        raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more")
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ConfigError(
+            f"temperature is {temperature}; expected 0 (greedy) or {_LEAST_TEMPERATURE} and more"
+        )
+    if seed not in _SEEDS:
+        raise ConfigError(f"seed is {seed}; expected -2**63 to 2**64 - 1")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ConfigError(
             f"top_k is {top_k} and top_p {top_p}; expected top_k >= 0, 0 < top_p <= 1"

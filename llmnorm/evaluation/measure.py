@@ -4,6 +4,7 @@ A `Measurement` is the record that goes to stdout and into the run's `eval/`. Us
 to score several models in one process, as `train/quickstart.py` does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llmnorm.environment import device_name, versions
+from llmnorm.errors import CheckpointError
 from llmnorm.evaluation import records
 from llmnorm.evaluation.documents import open_documents
 from llmnorm.evaluation.harness import score_tasks
@@ -43,7 +45,11 @@ def measure_perplexity(
     rank: int = 0,
     world: int = 1,
 ) -> Measurement:
-    """Score documents; arguments as in `open_documents` and `score_documents`."""
+    """Score documents; arguments as in `open_documents` and `score_documents`.
+
+    Raises:
+        CheckpointError: the loss is not finite, which is no score.
+    """
     documents = open_documents(
         data, loaded, split=split, max_documents=max_documents, text_column=text_column
     )
@@ -57,6 +63,11 @@ def measure_perplexity(
         rank=rank,
         world=world,
     )
+    if not math.isfinite(score.loss):
+        raise CheckpointError(
+            f"{loaded.source.name}: the loss is not finite ({score.loss}) in {score.dtype};"
+            " expected sound weights: use an earlier checkpoint, or --dtype fp32"
+        )
     of_split = f"-{documents.record['split']}" if documents.record["split"] else ""
     return Measurement(
         f"perplexity-{data.resolve().name}{of_split}",

@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from llmnorm.data import PrepareOptions, prepare
 from llmnorm.data.sources import Jsonl
-from llmnorm.errors import ConfigError, DataError
+from llmnorm.errors import CheckpointError, ConfigError, DataError
 from llmnorm.evaluation.documents import open_documents
 from llmnorm.evaluation.loading import load
 from llmnorm.evaluation.measure import measure_perplexity
@@ -123,3 +124,17 @@ def test_a_folder_that_mixes_text_and_jsonl_is_refused(loaded, tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
     with pytest.raises(DataError, match=r"mixes b\.jsonl with a\.txt"):
         open_documents(tmp_path, loaded)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.BIN", "rows.npy", "rows.bin.gz"])
+def test_a_file_that_is_no_text_by_its_name_is_refused(loaded, tmp_path, name):
+    (tmp_path / name).write_text("looks like text")
+    with pytest.raises(DataError, match=r"no text by its name; prepare it"):
+        open_documents(tmp_path / name, loaded)
+
+
+def test_a_loss_that_is_not_finite_is_no_score(model_folder, text_file):
+    spoilt = load(str(model_folder))
+    spoilt.model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="the loss is not finite"):
+        measure_perplexity(spoilt, text_file)

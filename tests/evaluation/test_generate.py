@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmnorm.errors import ConfigError
+from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.evaluation.generate import continue_text
 from llmnorm.evaluation.loading import load
 
@@ -44,6 +44,8 @@ def test_an_empty_prompt_begins_with_end_of_text(loaded):
     ("setting", "message"),
     [
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-45}, "temperature is 1e-45"),
+        ({"seed": 2**64}, "seed is"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -53,3 +55,17 @@ def test_an_empty_prompt_begins_with_end_of_text(loaded):
 def test_settings_out_of_range_are_refused(loaded, setting, message):
     with pytest.raises(ConfigError, match=message):
         continue_text(loaded, "hello", **setting)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite_give_no_text(model_folder, temperature):
+    spoilt = load(str(model_folder))
+    spoilt.model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        continue_text(spoilt, "hello", temperature=temperature)
+
+
+def test_a_prompt_that_is_no_text_is_refused(loaded):
+    with pytest.raises(ConfigError, match="expected UTF-8"):
+        continue_text(loaded, "caf\udce9")
+    assert isinstance(continue_text(loaded, "café", max_new_tokens=1), str)
