@@ -71,7 +71,7 @@ def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
         if text.get("model_type") != LlmNormConfig.model_type:
             return
         stored, wanted = _wiring(LlmNormConfig.from_dict(text)), _wiring(model.config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
     for key in [*wanted, *stored]:
         if stored.get(key) != wanted.get(key):
@@ -89,6 +89,7 @@ def _wiring(config: LlmNormConfig) -> dict[str, Any]:
             "num_attention_heads": config.num_attention_heads,
             "hidden_act": config.hidden_act,
             "position": config.position,
+            "rope_theta": config.rope_parameters["rope_theta"] if config.position == "rope" else 0,
             "residuals": {
                 str(index): {"attn": attn.to_dict(), "mlp": mlp.to_dict()}
                 for index, (attn, mlp) in enumerate(config.residual_specs())

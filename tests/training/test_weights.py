@@ -1,5 +1,6 @@
 """Weights start a new run only where they mean the same model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def test_an_untied_model_refuses_a_tied_folder(tmp_path: Path) -> None:
         ({"num_attention_heads": 4}, "num_attention_heads is 4, this run's 2"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ({"position": "none"}, "position is none"),
+        ({"rope_theta": 5e5}, r"rope_theta is 500000\.0, this run's 10000"),
     ],
-    ids=["lns", "eps", "heads", "act", "position"],
+    ids=["lns", "eps", "heads", "act", "position", "rope"],
 )
 def test_equal_shapes_of_another_wiring_are_refused(
     changes: dict[str, Any], named: str, tmp_path: Path
@@ -70,3 +72,13 @@ def test_equal_shapes_of_another_wiring_are_refused(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone/config\.json cannot be read"):
         load_weights(_model(), tmp_path / "gone")
+
+
+@pytest.mark.parametrize("text", ["[]", "residuals"])
+def test_a_config_of_odd_types_is_one_line(text: str, tmp_path: Path) -> None:
+    path = _folder(tmp_path) / "config.json"
+    if text == "residuals":
+        text = json.dumps({**json.loads(path.read_text()), "residuals": 5})
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        load_weights(_model(), tmp_path)
