@@ -20,6 +20,8 @@ from llmnorm.training.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
 
+_RUN_FILE_KEYS = ("lr", "weight_decay", "betas", "eps")
+
 
 class OptimizerSettings(Protocol):
     """The run file's section `optimizer`."""
@@ -110,8 +112,10 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
             groups, `lr`, the options, and `betas` and `eps` where its signature names them.
 
     Raises:
-        ConfigError: if the class cannot be imported or refuses its arguments.
+        ConfigError: if the class cannot be imported or refuses its arguments, or the options
+            repeat what has a key of its own.
     """
+    _check_options(settings)
     groups = parameter_groups(model, settings)
     parameters = dict(model.named_parameters())
     split: dict[str, list[dict[str, Any]]] = {}
@@ -126,10 +130,24 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
         if settings.name == "muon":
             return _muon(split, adam, settings)
         return _other(settings, split[settings.name], adam)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"optimizer.name={settings.name} refuses optimizer.options={settings.options}: {error}"
         ) from error
+
+
+def _check_options(settings: OptimizerSettings) -> None:
+    """Refuse options that would override a key of the run file or be ignored for it."""
+    for key in settings.options:
+        if key == "params":
+            raise ConfigError("optimizer.options.params: the parameters are the model's; drop it")
+        if key in _RUN_FILE_KEYS and (settings.name, key) != ("muon", "eps"):
+            raise ConfigError(
+                f"optimizer.options.{key} would contradict optimizer.{key}; set optimizer.{key}"
+                " instead (muon's own rate is optimizer.options.matrix_lr)"
+            )
 
 
 def _adamw(groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -144,8 +162,8 @@ def _muon(
 ) -> MuonWithAdamW:
     """Return Muon for hidden matrices beside AdamW for the rest.
 
-    `options.matrix_lr` (default: `lr`) is Muon's learning rate; its update is scaled to AdamW's
-    root mean square unless `options.adjust_lr_fn` says `original`.
+    `options.matrix_lr` (default: `lr`) is Muon's learning rate, `options.eps` Muon's own; its
+    update is scaled to AdamW's root mean square unless `options.adjust_lr_fn` says `original`.
     """
     options = {"adjust_lr_fn": "match_rms_adamw", **settings.options}
     matrix_lr = options.pop("matrix_lr", settings.lr)

@@ -145,6 +145,14 @@ def test_a_class_of_another_package_gets_groups_and_options() -> None:
         ("torch.nothere:Adam", {}, "nothere"),
         ("adamw", {"betta": 1}, "betta"),
         ("muon", {"momentum": -1.0}, "momentum"),
+        ("torch.optim:Adamm", {}, r"^optimizer\.name='torch\.optim:Adamm' cannot be imported"),
+        ("adamw", {"lr": 1.0}, r"set optimizer\.lr instead"),
+        ("adamw", {"weight_decay": 0.5}, r"set optimizer\.weight_decay instead"),
+        ("torch.optim:NAdam", {"betas": [0.5, 0.5]}, r"set optimizer\.betas instead"),
+        ("adamw", {"eps": 1.0}, r"set optimizer\.eps instead"),
+        ("adamw", {"params": []}, r"optimizer\.options\.params"),
+        ("muon", {"lr": 1.0}, r"set optimizer\.lr instead .*options\.matrix_lr"),
+        ("muon", {"weight_decay": 0.5}, r"set optimizer\.weight_decay instead"),
     ],
 )
 def test_what_cannot_be_made_is_refused_by_name(

@@ -119,9 +119,23 @@ class PlainEngine:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-            self.optimizer.step()
+            self._step()
         self.optimizer.zero_grad()
         return StepResult(loss=loss, grad_norm=norm.item(), applied=applied)
+
+    def _step(self) -> None:
+        """Step the optimizer; one that cannot do its first step is the run file's mistake."""
+        first = not self.optimizer.state
+        try:
+            self.optimizer.step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            if not first or isinstance(error, torch.OutOfMemoryError):
+                raise
+            seen = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} fails in its first step ({seen}); change "
+                "optimizer.name or optimizer.options"
+            ) from error
 
     def pieces(self) -> Iterator[Piece]:
         """Yield an even share of weights, optimizer state and group numbers."""
