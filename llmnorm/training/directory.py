@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 
 from llmnorm.config import RunConfig, load_run_config
 from llmnorm.durable import follow_umask, sync, take_lock, write_durably
-from llmnorm.errors import ConfigError, EnvironmentProblem, LlmNormError
+from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem, LlmNormError
 
 logger = logging.getLogger(__name__)
 
 _OURS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final")
+_BESIDE = ("eval", "exit.json")  # ours too, but no sign of a run
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -49,7 +50,7 @@ class RunDirectory:
         """Make or check the directory; return whether its run is finished already.
 
         Raises:
-            ConfigError: if it holds another run, files that are no run, or `resume` is never.
+            ConfigError: if it holds another run or foreign files, or a run and `resume` is never.
             EnvironmentProblem: if it cannot be written.
         """
         try:
@@ -59,6 +60,8 @@ class RunDirectory:
             if not self.final.is_dir():
                 (self.path / "exit.json").unlink(missing_ok=True)  # of the start before
                 shutil.rmtree(self.final_in_making, ignore_errors=True)
+                if not self.has_begun():
+                    self.environment_file.unlink(missing_ok=True)  # of a start that failed
                 (self.path / "eval").mkdir(exist_ok=True)
                 write_durably(self.config_file, config.to_yaml())
         except OSError as error:
@@ -83,9 +86,25 @@ class RunDirectory:
         if handle is not None:
             handle.close()
 
+    def has_begun(self) -> bool:
+        """Whether a step was recorded or saved; until then the run file may still change."""
+        if self.final.is_dir() or any(self.checkpoints.glob("step_*")):
+            return True
+        if not self.metrics_file.is_file():
+            return False
+        with open(self.metrics_file, "rb") as handle:
+            return handle.readline().endswith(b"\n")
+
     def _check(self, config: RunConfig) -> None:
         present = [name for name in _OURS if (self.path / name).exists()]
-        if present and config.checkpoint.resume == "never":
+        visible = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        foreign = [name for name in visible if name not in _BESIDE]
+        if foreign and not present:
+            raise ConfigError(
+                f"output.dir={self.path} is no run of llmnorm: it holds {foreign[0]}; choose an "
+                "empty or new output.dir"
+            )
+        if present and self.has_begun() and config.checkpoint.resume == "never":
             raise ConfigError(
                 f"output.dir={self.path} holds a run ({', '.join(present)}) and checkpoint.resume "
                 "is never; choose another output.dir or remove it"
@@ -100,7 +119,7 @@ class RunDirectory:
 
     def _check_same(self, config: RunConfig) -> None:
         before = load_run_config(self.config_file, ["--checkpoint.resume", "auto"])
-        if before.fingerprint() == config.fingerprint():
+        if not self.has_begun() or before.fingerprint() == config.fingerprint():
             return
         keys = [
             f"{key}: {old} became {new}" for key, old, new in differing_keys(before, config)
@@ -186,10 +205,20 @@ def remember_start(
         path: environment.json.
         describe: makes the record of a first start.
         start: what is true of this start.
+
+    Raises:
+        CheckpointError: if the file is damaged.
     """
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["restarts"].append(start)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["restarts"].append(start)
+            _ = record["data"]["fingerprint"], record["precision"]["name"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}: {error}); remove it and start the "
+                "run again: it is made again, and the run continues from its checkpoint"
+            ) from error
     else:
         record = {**start, **describe(), "restarts": []}
     write_durably(path, json.dumps(record, indent=1) + "\n")

@@ -111,7 +111,8 @@ class Trainer:
             if self.reporter is not None:
                 self.reporter.report(record)
             self.check_soundness(result)
-            if stopping or self.is_due(self.config.checkpoint.interval_steps):
+            every = 0 if self.bad_in_a_row else self.config.checkpoint.interval_steps
+            if stopping or self.is_due(every):  # a bad step displaces no earlier checkpoint
                 self.save()
             if stopping and self.step < self.plan.steps:
                 self.engine.finish(None)
@@ -250,7 +251,7 @@ class Trainer:
         """Speak of a skipped step; stop after too many in a row.
 
         Raises:
-            Diverged: naming the checkpoint to go back to.
+            Diverged: naming the last checkpoint.
         """
         if result.applied:
             return
@@ -259,11 +260,11 @@ class Trainer:
             *(self.step, result.loss, result.grad_norm),
         )
         if self.bad_in_a_row >= MOST_BAD_STEPS:
-            folders = self.checkpoints.folders()
-            last = folders[0] if folders else "none"
+            last = next(iter(self.checkpoints.folders()), "none")
             raise Diverged(
                 f"loss or gradient was not finite for {MOST_BAD_STEPS} steps in a row up to step "
-                f"{self.step}; last checkpoint: {last}; lower optimizer.lr or look at the data"
+                f"{self.step}; last checkpoint: {last}; start again with a lower optimizer.lr in "
+                "another output.dir"
             )
 
     def save(self) -> None:

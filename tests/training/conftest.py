@@ -11,6 +11,7 @@ import pytest
 from llmnorm.config import RunConfig, load_run_config
 from llmnorm.data import Prepared, PrepareOptions, prepare
 from llmnorm.data.sources import Text
+from llmnorm.training import loop
 
 TEXT = "the norm of a residual stream grows with depth and every branch adds its own part to it"
 WORDS = TEXT.split()
@@ -93,3 +94,20 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def numbers(run: Path) -> list[dict[str, Any]]:
     """The records of a run without its times."""
     return [{key: r[key] for key in NUMBERS if key in r} for r in metrics(run)]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make the run fail after `step` steps, once."""
+    real = loop.Trainer.take_step
+
+    def take_step(self: loop.Trainer, micro_batches: Any) -> Any:
+        if self.step == step:
+            monkeypatch.setattr(loop.Trainer, "take_step", real)
+            raise error
+        return real(self, micro_batches)
+
+    monkeypatch.setattr(loop.Trainer, "take_step", take_step)
+
+
+class Killed(BaseException):
+    """Stands for a kill inside a test's own process."""
