@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from llmnorm.errors import ConfigError, DataError
 from llmnorm.evaluation import records
@@ -80,7 +80,7 @@ class Run:
     @property
     def tokens_per_second(self) -> float | None:
         """Median over the steps, so that warm-up and pauses do not count."""
-        speeds = [row["perf/tokens_per_second"] for row in self.metrics]
+        speeds = [row.get("perf/tokens_per_second") for row in self.metrics]
         known = [speed for speed in speeds if speed is not None]
         return statistics.median(known) if known else None
 
@@ -88,12 +88,16 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """environment.json, empty when there is none."""
         file = self.path / "environment.json"
-        return records.read_json(file) if file.is_file() else {}
+        facts = records.read_json(file) if file.is_file() else {}
+        for section in ("data", "parameters", "precision"):
+            if not isinstance(facts.get(section, {}), dict):
+                raise DataError(f"{file}: {section} is no object; restore what training wrote")
+        return facts
 
     @cached_property
     def parameters(self) -> int | None:
         """Parameters of the model; a head that shares the embedding's matrix counts once."""
-        if "parameters" in self.environment:
+        if "total" in self.environment.get("parameters", {}):
             return self.environment["parameters"]["total"]
         shards = sorted((self.path / "final").glob("*.safetensors"))
         return sum(_elements(shard) for shard in shards) if shards else None
@@ -158,11 +162,14 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"{file} does not exist; the run has logged nothing yet")
     rows: list[dict[str, Any]] = []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}; restore it") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({"step": row["step"], "tokens": row["tokens"], **row})
+            rows.append({**row, "step": int(row["step"]), "tokens": int(row["tokens"])})
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break  # a run that is being written, or was killed while writing
@@ -181,5 +188,9 @@ def _named(name: str, options: dict[str, Any]) -> str:
 
 
 def _elements(shard: Path) -> int:
-    with safe_open(shard, framework="np") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (not a mapping)
+    try:
+        with safe_open(shard, framework="np") as tensors:
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{shard} cannot be read: {error}; restore it") from error

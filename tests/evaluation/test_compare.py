@@ -155,11 +155,12 @@ def test_a_folder_that_is_no_run_and_an_empty_run_are_explained(make_run, tmp_pa
 
 
 def test_records_are_never_overwritten_by_others(tmp_path):
-    first = records.write({"a": 1}, name="perplexity-x", run=tmp_path, out=None)
-    same = records.write({"a": 1}, name="perplexity-x", run=tmp_path, out=None)
-    other = records.write({"a": 2}, name="perplexity-x", run=tmp_path, out=None)
+    better = {**SCORE, "loss": 1.5}
+    first = records.write(SCORE, name="perplexity-x", run=tmp_path, out=None)
+    same = records.write(SCORE, name="perplexity-x", run=tmp_path, out=None)
+    other = records.write(better, name="perplexity-x", run=tmp_path, out=None)
     assert first == same != other
-    assert records.read(tmp_path, "perplexity") == [{"a": 1}, {"a": 2}]
+    assert records.read(tmp_path, "perplexity") == [SCORE, better]
 
 
 @pytest.mark.parametrize("text", ['{"loss": 2.', "[1]"])
@@ -190,3 +191,36 @@ def test_smoothing_averages_a_centred_window():
 def test_the_picture_is_drawn(two_runs, tmp_path):
     file = draw_losses([open_run(run) for run in two_runs], tmp_path / "a" / "losses.png")
     assert imread(file).shape[:2] == (660, 1080)
+
+
+METRICS = b'{"step": 1, "tokens": 8, "train/loss": 2.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", b"a: 1", "has no model.norm.op"),
+        ("config.yaml", b"\xff\xfe", "config.yaml cannot be read"),
+        ("metrics.jsonl", b"\xff\n" + METRICS, "metrics.jsonl cannot be read"),
+        ("environment.json", b'{"data": null}', "data is no object"),
+        ("eval/perplexity-x.json", b"{}", "lacks loss"),
+        ("eval/perplexity-x.json", b"\xff", "cannot be read as JSON"),
+        ("eval/harness-x.json", b"{}", "lacks tasks"),
+        ("eval/harness-x.json", b'{"tasks": {"a": 1}}', "lacks tasks.a.higher_is_better"),
+        ("final/model.safetensors", b"damaged", "model.safetensors cannot be read"),
+    ],
+)
+def test_a_damaged_or_foreign_run_is_refused_by_the_files_name(make_run, file, content, message):
+    run = make_run("run")
+    (run / "final").mkdir()
+    (run / file).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        compare([open_run(run)])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_speeds_is_compared_without_them(make_run):
+    run = make_run("run")
+    (run / "metrics.jsonl").write_bytes(METRICS)
+    assert open_run(run).tokens_per_second is None
+    assert compare([open_run(run)]).rows
