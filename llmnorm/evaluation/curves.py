@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmnorm.errors import EnvironmentProblem
 from llmnorm.evaluation.runs import Curve, Run
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -48,8 +49,11 @@ def draw_losses(runs: Sequence[Run], file: Path, *, title: str = "") -> Path:
     axes.legend(frameon=False, title="line: training (smoothed), point: validation")
     if title:
         axes.set_title(title, fontsize=10)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+    except OSError as error:
+        raise EnvironmentProblem(f"the picture cannot be written: {error}") from error
     return file
 
 

@@ -1,5 +1,6 @@
 """The command lines: one JSON on stdout alone, records in the run, errors in one line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from llmnorm.cli import run_command
-from llmnorm.errors import ConfigError, DataError
+from llmnorm.errors import ConfigError, DataError, EnvironmentProblem
 from llmnorm.evaluation import command
 from llmnorm.evaluation.commands import compare, generate, harness, perplexity
+from llmnorm.evaluation.curves import draw_losses
+from llmnorm.evaluation.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +111,39 @@ def test_mistakes_are_explained(model_folder, text_file, words, error, message):
     real = {"MODEL": str(model_folder), "TEXT": str(text_file)}
     with pytest.raises(error, match=message):
         llmnorm(*[real.get(word, word) for word in words])
+
+
+@pytest.mark.parametrize("out", ["TEXT/score.json", "."])
+def test_a_place_that_takes_no_record_is_refused_before_scoring(model_folder, text_file, out):
+    place = out.replace("TEXT", str(text_file))
+    words = ["perplexity", "--model", model_folder, "--data", text_file, "--batch-size", 2]
+    with pytest.raises(EnvironmentProblem, match="cannot be written; name a file"):
+        llmnorm(*words, "--out", place)
+
+
+def test_a_score_is_printed_though_its_file_fails(make_run, model_folder, text_file, capsys):
+    run = make_run("run", model=model_folder)
+    taken = run / "eval" / "perplexity-some.txt.json"
+    taken.mkdir()
+    with pytest.raises(EnvironmentProblem, match="the record cannot be written"):
+        llmnorm("perplexity", "--model", run, "--data", text_file)
+    assert json.loads(capsys.readouterr().out)["documents"] == 3
+
+
+def test_a_picture_that_cannot_be_written_is_refused_in_one_line(make_run, text_file):
+    run = make_run("run")
+    with pytest.raises(EnvironmentProblem, match="cannot be written"):
+        llmnorm("compare", run, "--plot", text_file / "losses.png")
+    with pytest.raises(EnvironmentProblem, match="the picture cannot be written"):
+        draw_losses([open_run(run)], text_file / "losses.png")
+
+
+def test_letters_that_stdout_lacks_are_replaced(model_folder, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    llmnorm("generate", model_folder, "-p", "café", "--max-new-tokens", 1, "--temperature", 0)
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(b"caf?")
 
 
 @pytest.mark.parametrize(("module", "name"), [(perplexity, "perplexity"), (harness, "harness")])

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llmnorm.errors import ConfigError
+from llmnorm.evaluation import records
+from llmnorm.evaluation.commands.shared import replacing
 from llmnorm.evaluation.compare import as_json, compare, markdown, plain, show
 from llmnorm.evaluation.curves import draw_losses
 from llmnorm.evaluation.runs import open_run
@@ -32,8 +34,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; draw the picture when asked."""
     if args.plot is not None and args.plot.suffix not in _PICTURES:
         raise ConfigError(f"--plot {args.plot}: expected a name ending in {', '.join(_PICTURES)}")
+    if args.plot is not None:
+        records.check_writable(args.plot)
     runs = [open_run(path) for path in args.runs]
     comparison = compare(runs)
+    replacing(sys.stdout)
     console = Console()
     texts = {"plain": plain, "markdown": markdown, "json": lambda c: as_json(c) + "\n"}
     form = ("table" if console.is_terminal else "plain") if args.format == "auto" else args.format

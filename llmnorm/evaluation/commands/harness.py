@@ -6,6 +6,7 @@ from pathlib import Path
 from llmnorm.errors import ConfigError
 from llmnorm.evaluation.commands.shared import (
     add_scoring_arguments,
+    check_output,
     load_model,
     positive,
     processes,
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--tasks names no task; expected for example --tasks blimp,arc_easy")
     with processes() as process:
         loaded = load_model(args, process.device)
+        check_output(loaded, process, out=args.out)
         measured = measure_tasks(
             loaded,
             names,

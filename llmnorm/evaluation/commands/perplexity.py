@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llmnorm.evaluation.commands.shared import (
     add_scoring_arguments,
+    check_output,
     load_model,
     positive,
     processes,
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Score, and print one JSON."""
     with processes() as process:
         loaded = load_model(args, process.device)
+        check_output(loaded, process, out=args.out)
         measured = measure_perplexity(
             loaded,
             args.data,

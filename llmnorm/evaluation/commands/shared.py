@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def processes() -> Iterator[Processes]:
     """Join the launcher's processes, if any, and leave them at the end; stdout is kept clean."""
     from accelerate import PartialState
 
-    stdout = sys.stdout
+    stdout = replacing(sys.stdout)
     with contextlib.redirect_stdout(sys.stderr):
         state = PartialState(cpu=not torch.accelerator.is_available())
         try:
@@ -96,10 +97,28 @@ def processes() -> Iterator[Processes]:
             state.destroy_process_group()
 
 
+def replacing(stream: TextIO) -> TextIO:
+    """Let a stream write `?` for what its encoding lacks, rather than fail."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+def check_output(loaded: Loaded, processes: Processes, *, out: Path | None) -> None:
+    """On rank 0, fail before scoring when the record could not be written."""
+    if processes.rank != 0:
+        return
+    if out is not None:
+        records.check_writable(out)
+    elif loaded.source.run is not None:
+        records.check_writable(loaded.source.run / "eval" / "record.json")
+
+
 def publish(
     measured: Measurement | None, loaded: Loaded, processes: Processes, *, out: Path | None
 ) -> None:
-    """On rank 0, write the record to its file, and to stdout as one JSON."""
+    """On rank 0, print the record to stdout as one JSON, then write it to its file."""
     if processes.rank == 0 and measured is not None:
-        measured.write(loaded, out)
         processes.stdout.write(records.to_json(measured.record) + "\n")
+        processes.stdout.flush()
+        measured.write(loaded, out)
