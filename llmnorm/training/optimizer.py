@@ -144,7 +144,7 @@ def _check_options(settings: OptimizerSettings) -> None:
         if key == "params":
             raise ConfigError("optimizer.options.params: the parameters are the model's; drop it")
         if key in _RUN_FILE_KEYS and (settings.name, key) != ("muon", "eps"):
-            own = " (for muon alone: optimizer.options.matrix_lr)" if settings.name == "muon" else ""
+            own = " (for muon: optimizer.options.matrix_lr)" if settings.name == "muon" else ""
             raise ConfigError(
                 f"optimizer.options.{key} would contradict optimizer.{key}; set optimizer.{key} "
                 f"instead{own if key == 'lr' else ''}"
