@@ -26,7 +26,7 @@ from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem, Llm
 logger = logging.getLogger(__name__)
 
 _OURS = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final")
-_BESIDE = ("eval", "exit.json")  # ours too, but no sign of a run
+_FOREIGN = ("manifest.json", "config.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -97,12 +97,11 @@ class RunDirectory:
 
     def _check(self, config: RunConfig) -> None:
         present = [name for name in _OURS if (self.path / name).exists()]
-        visible = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-        foreign = [name for name in visible if name not in _BESIDE]
+        foreign = [name for name in _FOREIGN if (self.path / name).exists()]
         if foreign and not present:
             raise ConfigError(
-                f"output.dir={self.path} is no run of llmnorm: it holds {foreign[0]}; choose an "
-                "empty or new output.dir"
+                f"output.dir={self.path} holds {foreign[0]}, so it is prepared data or a model; "
+                "choose an empty or new output.dir"
             )
         if present and self.has_begun() and config.checkpoint.resume == "never":
             raise ConfigError(

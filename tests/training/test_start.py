@@ -64,15 +64,15 @@ def test_a_run_with_one_recorded_step_keeps_its_configuration(
         train(tiny(optimizer__lr=0.02))
 
 
-def test_a_folder_of_something_else_is_refused_by_its_first_file(tiny: Tiny) -> None:
+def test_a_folder_of_prepared_data_or_of_a_model_is_refused(tiny: Tiny) -> None:
     config = tiny(training__max_steps=1)
     (config.output.dir / "eval").mkdir(parents=True)
     (config.output.dir / ".hidden").touch()
-    thesis = config.output.dir / "thesis.tex"
-    thesis.touch()
-    with pytest.raises(ConfigError, match=r"it holds thesis\.tex"):
+    foreign = config.output.dir / "manifest.json"
+    foreign.touch()
+    with pytest.raises(ConfigError, match=r"holds manifest\.json"):
         train(config)
-    thesis.unlink()
+    foreign.unlink()
     assert train(config) == 0
 
 
