@@ -25,6 +25,14 @@ LONGEST_DEFAULT_WINDOW = 2048
 
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken")
 
+# Constants that older versions of transformers saved with GPT-2, GPT-J, GPT-Neo and Llama: masks
+# and rotary frequencies.
+_OLD_BUFFERS = (
+    *(".attn.bias", ".attn.masked_bias"),
+    *(".attention.bias", ".attention.masked_bias"),
+    ".inv_freq",
+)
+
 _DTYPES: dict[str, str | torch.dtype] = {
     "auto": "auto",
     "fp64": torch.float64,
@@ -190,17 +198,33 @@ def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedM
             f"{source.location}: the weights cannot be loaded: {_reason(error)}"
         ) from error
     model, info = loaded
+    _check_tensors(source, model, info)
+    return model
+
+
+def _check_tensors(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights that are not the model's, all of it and no more, or are no numbers."""
     if absent := sorted(info["missing_keys"]):  # transformers would leave them at random values
         raise CheckpointError(
             f"{source.location}: {len(absent)} of the model's tensors are not in its weights"
             f" ({', '.join(absent[:3])}); expected a complete causal language model"
         )
-    if foreign := sorted(info["unexpected_keys"]):  # transformers would leave them out
+    foreign = sorted(key for key in info["unexpected_keys"] if not key.endswith(_OLD_BUFFERS))
+    if foreign:  # transformers would leave them out
         raise CheckpointError(
             f"{source.location}: {len(foreign)} tensors of its weights are not the model's"
             f" ({', '.join(foreign[:3])}); expected weights and config.json of the same model"
         )
-    return model
+    spoilt = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all()
+    ]
+    if spoilt:
+        raise CheckpointError(
+            f"{source.location}: {len(spoilt)} of the model's tensors are not finite"
+            f" ({', '.join(spoilt[:3])}), so the loss is not finite; use an earlier checkpoint"
+        )
 
 
 def _tokenizer(

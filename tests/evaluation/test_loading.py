@@ -56,6 +56,23 @@ def test_absent_tensors_are_an_error_and_not_random_numbers(model_folder, tmp_pa
         load(str(folder))
 
 
+def test_constants_that_older_checkpoints_carry_are_no_unknown_tensors(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(str(folder)).model
+
+
+def test_weights_that_are_not_finite_are_not_scored_by_any_measure(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"\(lm_head.weight\), so the loss is not finite"):
+        load(str(folder))
+
+
 def test_damaged_weights_name_the_folder(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     weights = folder / "model.safetensors"
