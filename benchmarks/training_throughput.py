@@ -106,7 +106,11 @@ def main() -> None:
         for bf16 in (False, True)
     }
     figures = {"shape": shape, "batch": args.batch, "seq": args.seq, "modes": modes}
-    path = write_result(f"training_throughput_{device}", figures)
+    ratio = modes["eager bf16"]["pre_ln+rmsnorm"]["relative_to_llama"]
+    headline = (
+        f"pre_ln+rmsnorm trains {ratio:.2f} times as fast as transformers' Llama (eager bf16)"
+    )
+    path = write_result(f"training_throughput_{device}", headline, figures)
     for mode, rows in modes.items():
         for name, row in rows.items():
             rate = row["tokens_per_second"]["median"]
