@@ -41,7 +41,7 @@ def _write_readme() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Each script writes its result to `results/` and this table; ratios are of runs side by side.",
+        "Each script writes its result and this table; ratios are of runs side by side.",
         "",
         "| result | what was measured | command | machine | commit |",
         "| --- | --- | --- | --- | --- |",
