@@ -4,14 +4,7 @@ import argparse
 from pathlib import Path
 
 from llmnorm.errors import ConfigError
-from llmnorm.evaluation.commands.shared import (
-    add_scoring_arguments,
-    check_output,
-    load_model,
-    positive,
-    processes,
-    publish,
-)
+from llmnorm.evaluation.commands.shared import add_scoring_arguments, positive, run_scoring
 from llmnorm.evaluation.measure import measure_tasks
 
 
@@ -34,18 +27,4 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError("--tasks names no task; expected for example --tasks blimp,arc_easy")
-    with processes() as process:
-        loaded = load_model(args, process.device)
-        check_output(loaded, process, out=args.out)
-        measured = measure_tasks(
-            loaded,
-            names,
-            include_path=args.include_path,
-            limit=args.limit,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            rank=process.rank,
-            world=process.world,
-        )
-        publish(measured, loaded, process, out=args.out)
-    return 0
+    return run_scoring(args, measure_tasks, names, include_path=args.include_path, limit=args.limit)

@@ -3,14 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llmnorm.evaluation.commands.shared import (
-    add_scoring_arguments,
-    check_output,
-    load_model,
-    positive,
-    processes,
-    publish,
-)
+from llmnorm.evaluation.commands.shared import add_scoring_arguments, positive, run_scoring
 from llmnorm.evaluation.measure import measure_perplexity
 
 
@@ -39,20 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score, and print one JSON."""
-    with processes() as process:
-        loaded = load_model(args, process.device)
-        check_output(loaded, process, out=args.out)
-        measured = measure_perplexity(
-            loaded,
-            args.data,
-            split=args.split,
-            text_column=args.text_column,
-            max_documents=args.max_documents,
-            seq_len=args.seq_len,
-            stride=args.stride,
-            batch_size=args.batch_size,
-            rank=process.rank,
-            world=process.world,
-        )
-        publish(measured, loaded, process, out=args.out)
-    return 0
+    return run_scoring(
+        args,
+        measure_perplexity,
+        args.data,
+        split=args.split,
+        text_column=args.text_column,
+        max_documents=args.max_documents,
+        stride=args.stride,
+    )

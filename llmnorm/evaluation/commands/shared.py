@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -102,6 +102,32 @@ def replacing(stream: TextIO) -> TextIO:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream
+
+
+def run_scoring(
+    args: argparse.Namespace,
+    measure: Callable[..., Measurement | None],
+    what: Path | Sequence[str],
+    **options: Any,
+) -> int:
+    """Load the model, call `measure(loaded, what, **options)` on every process, publish the record.
+
+    `measure` also gets what `add_scoring_arguments` declares and this process's rank and world.
+    """
+    with processes() as process:
+        loaded = load_model(args, process.device)
+        check_output(loaded, process, out=args.out)
+        measured = measure(
+            loaded,
+            what,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            rank=process.rank,
+            world=process.world,
+            **options,
+        )
+        publish(measured, loaded, process, out=args.out)
+    return 0
 
 
 def check_output(loaded: Loaded, processes: Processes, *, out: Path | None) -> None:
