@@ -26,6 +26,7 @@ LAYERS = {
     "errors": 0,
     "durable": 1,
     "environment": 1,
+    "processes": 1,
     "resources": 1,
     "modeling": 2,
     "placements": 3,

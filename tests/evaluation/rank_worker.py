@@ -13,6 +13,7 @@ from llmnorm.errors import LlmNormError
 from llmnorm.evaluation.harness import score_tasks
 from llmnorm.evaluation.loading import load
 from llmnorm.evaluation.perplexity import score_documents
+from llmnorm.processes import leave_process_group
 
 
 def main(model: str, tasks: str, out: str) -> None:
@@ -36,7 +37,7 @@ def main(model: str, tasks: str, out: str) -> None:
     )
     found["harness"] = harness and harness.tasks
     Path(out, f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from llmnorm.evaluation import records
 from llmnorm.evaluation.loading import DTYPES, Loaded, load
 from llmnorm.evaluation.measure import Measurement
+from llmnorm.processes import leave_process_group
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def processes() -> Iterator[Processes]:
         try:
             yield Processes(state.process_index, state.num_processes, state.device, stdout)
         finally:
-            state.destroy_process_group()
+            leave_process_group()
 
 
 def replacing(stream: TextIO) -> TextIO:

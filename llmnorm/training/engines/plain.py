@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
+from llmnorm.processes import leave_process_group
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Owned, Piece, PieceReader, share
@@ -210,7 +211,7 @@ class PlainEngine:
             self.model.save_pretrained(folder)
         self.wrapped = None
         self.accelerator.free_memory()
-        self.accelerator.end_training()
+        leave_process_group()
 
 
 def _number(name: str, slot: str, value: float) -> Owned:
