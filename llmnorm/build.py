@@ -19,7 +19,9 @@ from llmnorm.modeling.configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation, read_choice
-from llmnorm.modeling.residual import NormSpec
+from llmnorm.modeling.parametrization import Parametrization
+from llmnorm.modeling.residual import NormSpec, constant
+from llmnorm.modeling.streams import StreamsSpec
 from llmnorm.placements import Placement, Site, parse_placement
 from llmnorm.resources import shape_folder, suggest
 from llmnorm.selftest import promised_slots, self_test
@@ -27,7 +29,8 @@ from llmnorm.selftest import promised_slots, self_test
 logger = logging.getLogger(__name__)
 
 # Resolved by the placement, so never given by hand.
-_RESOLVED = {"residuals", "final_norm", "wiring", "norm", "placement"}
+_RESOLVED = {"residuals", "final_norm", "logits", "streams", "wiring", "norm", "placement"}
+_AXES = ("init", "embedding", "weights", "parametrization")  # a scheme's other defaults
 # Written by transformers beside the fields.
 _METADATA = {"model_type", "architectures", "auto_map", "transformers_version", "dtype"}
 
@@ -47,8 +50,8 @@ def build_config(
             `{attn, mlp, final}`.
         placement: name of a placement, or `{"name": name, **options}`.
         **overrides: any config field (`vocab_size`, `num_hidden_layers`, `qk_norm`, `embedding`,
-            `init`, ...). `embedding` defaults to `scale` for dyt and derf, else to the placement's;
-            `init` to the placement's.
+            `init`, ...). `init`, `embedding`, `weights` and `parametrization` default to what the
+            placement asks for; `embedding` to `scale` for dyt and derf.
 
     Returns:
         A config that carries the resolved wiring of every layer.
@@ -61,9 +64,10 @@ def build_config(
     try:
         rule, spec = parse_placement(placement), _parse_norm(norm)
         fields_ = {**shape, **overrides, "norm": spec.to_dict(), "placement": rule.to_dict()}
-        fields_.setdefault("init", rule.init)
-        fields_.setdefault("embedding", "scale" if spec.pointwise else rule.embedding)
-        config = LlmNormConfig(**fields_)
+        _check_accepted(rule, spec)
+        if spec.pointwise:
+            fields_.setdefault("embedding", "scale")
+        config = LlmNormConfig(**{**{axis: getattr(rule, axis) for axis in _AXES}, **fields_})
         _resolve(config, rule, spec)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
@@ -111,10 +115,11 @@ def _parse_norm(norm: str | Mapping[str, Any]) -> NormSpec:
     return NormSpec.parse(norm)
 
 
-def _source(part: type) -> str:
-    text = inspect.getdoc(part) or ""
-    _, found, source = text.partition("Source: ")
-    return " ".join(source.split()) if found else ""
+def _check_accepted(rule: Placement, norm: NormSpec) -> None:
+    if rule.accepts is not None and norm.op not in rule.accepts:
+        raise ConfigError(
+            f"placement {rule.name} is defined for norm {' or '.join(rule.accepts)}; saw {norm.op}"
+        )
 
 
 def _shape(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _shape(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{file}: model_type must be 'llmnorm'; this is another kind of model")
     dropped = _RESOLVED | _METADATA
     if content.get("residuals") is not None:  # a model: another scheme replaces all of its own
-        dropped |= {"qk_norm", "embedding", "init"}
+        dropped |= {"qk_norm", *_AXES}
     shape = {name: value for name, value in content.items() if name not in dropped}
     try:
         _refuse_unknown(shape)
@@ -151,7 +156,8 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
 def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     """Apply the rule to every site and store what it says, then seal it."""
     at = {kind: norm.at(kind, config.hidden_size) for kind in ("attn", "mlp", "final")}
-    qk = config.qk_norm_spec()
+    qk_norm = config.qk_norm_specs()
+    mup = Parametrization.parse(config.parametrization).name == "mup"
     residuals = []
     for layer_idx in range(config.num_hidden_layers):
         layer = {}
@@ -161,16 +167,32 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
                 layer_idx=layer_idx,
                 depth=config.num_hidden_layers,
                 num_attention_heads=config.num_attention_heads,
+                hidden_size=config.hidden_size,
+                head_dim=config.head_dim,
             )
-            layer[kind] = rule.residual(site, at[kind]).to_dict()
-        if qk is not None:
-            layer["attn"] = {"q": qk.to_dict(), "k": qk.to_dict(), **layer["attn"]}
-        residuals.append(layer)
-    final = rule.final_norm(at["final"])
+            layer[kind] = rule.residual(site, at[kind])
+        slots = {**qk_norm, **layer["attn"].slots()}
+        if mup:  # scores are divided by head_dim, not by its root
+            slots["q"] = slots.get("q", constant(1.0)).scaled(config.head_dim**-0.5)
+        layer["attn"] = layer["attn"].having(**slots)
+        residuals.append({kind: spec.to_dict() for kind, spec in layer.items()})
     config.residuals = residuals
-    config.final_norm = None if final is None else final.to_dict()
+    config.final_norm = _stored(rule.final_norm(at["final"]))
+    config.logits = _stored(_logits(config, rule))
+    config.streams = _stored(rule.streams(at["final"]))
     config.wiring = config.seal()
     _try_out(config)
+
+
+def _stored(spec: NormSpec | StreamsSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else spec.to_dict()
+
+
+def _logits(config: LlmNormConfig, rule: Placement) -> NormSpec | None:
+    """What multiplies the logits: the placement's, and muP's 1/m_d."""
+    held = rule.logits(config.hidden_size)
+    ratio = Parametrization.parse(config.parametrization).width_ratio(config.hidden_size)
+    return held if ratio == 1 else (held or constant(1.0)).scaled(1 / ratio)
 
 
 def _try_out(config: LlmNormConfig) -> None:

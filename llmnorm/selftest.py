@@ -16,7 +16,14 @@ from llmnorm.errors import SelfTestError
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.initialization import expected_std
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM, embedding_scale
-from llmnorm.modeling.residual import NormSpec, build_slot
+from llmnorm.modeling.residual import (
+    RESIDUAL_SLOTS,
+    RESIDUALS,
+    SOURCES,
+    NormSpec,
+    Shared,
+    build_slot,
+)
 
 
 def self_test(model: nn.Module, *, fresh: bool) -> None:
@@ -38,6 +45,7 @@ def self_test(model: nn.Module, *, fresh: bool) -> None:
             raise SelfTestError(f"{type(causal).__name__} is no llmnorm model")
         causal = inner
     _check_slots(causal, fresh=False)
+    _check_joints(causal)
     _check_embedding(causal, fresh=False)
     _check_buffers(causal)
     _check_parameters(causal)
@@ -59,15 +67,24 @@ def promised_slots(config: LlmNormConfig) -> Iterator[tuple[str, NormSpec | None
     yield "model.embedding_norm", config.embedding_spec().norm, hidden
     for i, (attn, mlp) in enumerate(config.residual_specs()):
         for kind, spec in (("attn", attn), ("mlp", mlp)):
-            for slot in ("entry", "pre", "post", "skip", "out"):
+            for slot in RESIDUAL_SLOTS:
                 yield f"model.layers.{i}.{kind}_residual.{slot}", getattr(spec, slot), hidden
         for slot, count in heads.items():
             held: NormSpec | None = getattr(attn, slot)
             width = head_dim if held is not None and held.per_head else count * head_dim
             yield f"model.layers.{i}.self_attn.{slot}_norm", held, width
+        for slot in ("q_rotated", "k_rotated"):
+            yield f"model.layers.{i}.self_attn.{slot}", getattr(attn, slot), head_dim
         yield f"model.layers.{i}.self_attn.inner", attn.inner, heads["q"] * head_dim
+        yield f"model.layers.{i}.mlp.up", mlp.up, config.intermediate_size
+        if config.mlp == "gated":
+            yield f"model.layers.{i}.mlp.gate", mlp.gate, config.intermediate_size
         yield f"model.layers.{i}.mlp.inner", mlp.inner, config.intermediate_size
+    if (streams := config.streams_spec()) is not None:
+        yield "model.streams.first", streams.first, hidden
+        yield "model.streams.second", streams.second, hidden
     yield "model.norm", config.final_norm_spec(), hidden
+    yield "logits", config.logits_spec(), config.vocab_size
 
 
 def _check_slots(model: Any, *, fresh: bool) -> None:
@@ -77,6 +94,11 @@ def _check_slots(model: Any, *, fresh: bool) -> None:
         raise SelfTestError(f"the model has {layers} layers; {depth} were promised")
     for name, spec, width in promised_slots(model.config):
         found, promised = model.get_submodule(name), build_slot(spec, width)
+        if spec is not None and spec.shared:
+            elsewhere = model.get_submodule(name.replace("mlp_residual", "attn_residual"))
+            if not (isinstance(found, Shared) and found.module is elsewhere):
+                raise SelfTestError(f"{name} is not the module that attention's slot holds")
+            continue
         if type(found) is not type(promised):
             raise SelfTestError(
                 f"{name} is {type(found).__name__}; the scheme promises {type(promised).__name__}"
@@ -89,6 +111,28 @@ def _check_slots(model: Any, *, fresh: bool) -> None:
         if fresh:
             for key, parameter in promised.named_parameters():
                 _check_equal(f"{name}.{key}", found.get_parameter(key), parameter)
+
+
+def _check_joints(model: Any) -> None:
+    """How each branch joins the stream: the residual module, what it reads and what it skips."""
+    for i, pair in enumerate(model.config.residual_specs()):
+        for kind, spec in zip(("attn", "mlp"), pair, strict=True):
+            name = f"model.layers.{i}.{kind}_residual"
+            found = model.get_submodule(name)
+            if type(found) is not RESIDUALS[spec.module]:
+                raise SelfTestError(
+                    f"{name} is {type(found).__name__}; the scheme promises {spec.module}"
+                )
+            seen = (SOURCES[found.reads], SOURCES[found.skips])
+            if seen != (spec.reads, spec.skips):
+                raise SelfTestError(
+                    f"{name} reads {seen[0]} and skips {seen[1]}; the scheme promises "
+                    f"{spec.reads} and {spec.skips}"
+                )
+    streams, promised = model.model.streams, model.config.streams_spec()
+    scale = None if promised is None else promised.scale
+    if getattr(streams, "scale", None) != scale:
+        raise SelfTestError(f"model.streams is {streams}; the scheme promises scale {scale}")
 
 
 def _check_embedding(model: Any, *, fresh: bool) -> None:
@@ -139,7 +183,7 @@ def _check_matrices(model: Any) -> None:
             promised = expected_std(name, module, model.config)
             found, elements = _std(module.weight)
             tolerance = 5 / math.sqrt(2 * elements)
-            if not abs(found / promised - 1) <= tolerance:
+            if not abs(found - promised) <= tolerance * promised:
                 raise SelfTestError(
                     f"{name}.weight starts with std {found:.5g}; the scheme's rule promises "
                     f"{promised:.5g} (tolerance {tolerance:.1%})"

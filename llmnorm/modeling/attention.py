@@ -11,6 +11,7 @@ from .configuration_llmnorm import LlmNormConfig
 from .operations import compute_dtype
 from .residual import NormSpec, ResidualSpec, build_slot
 from .rotary import POSITIONS, Table
+from .weights import linear
 
 
 def eager_attention(
@@ -61,11 +62,14 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; slots q, k, v act after their projections, before RoPE.
+    """Grouped-query attention; slots q, k, v act before RoPE, q_rotated and k_rotated after it.
 
-        y = o_proj( inner( softmax(rope(q(W_q x)) rope(k(W_k x))^T / sqrt(head_dim)) v(W_v x) ) )
+        Q = q_rotated(rope(q(W_q x))), K = k_rotated(rope(k(W_k x))), V = v(W_v x)
+        y = o_proj( inner( softmax(Q K^T / sqrt(head_dim)) V ) )
 
-    Shape: hidden_states and the result are (batch, seq, hidden).
+    Shape: hidden_states and the result are (batch, seq, hidden); q, k and v see (batch, seq,
+    features) or (batch, seq, heads, head_dim), q_rotated and k_rotated (batch, heads, seq,
+    head_dim).
 
     Source: Ainslie et al., "GQA", 2023, arXiv:2305.13245; slots on q and k: Henry et al. 2020
     (arXiv:2010.04245), per head as in Qwen 3, full width as in OLMo 2.
@@ -81,13 +85,15 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.position = POSITIONS[config.position]
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = linear(config, hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = linear(config, hidden, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = linear(config, hidden, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = linear(config, heads * self.head_dim, hidden, bias=bias)
         self.q_norm, self.q_view = self._feature_slot(spec.q, heads)
         self.k_norm, self.k_view = self._feature_slot(spec.k, kv_heads)
         self.v_norm, self.v_view = self._feature_slot(spec.v, kv_heads)
+        self.q_rotated = build_slot(spec.q_rotated, self.head_dim)
+        self.k_rotated = build_slot(spec.k_rotated, self.head_dim)
         self.core = AttentionCore()
         self.inner = build_slot(spec.inner, heads * self.head_dim)
 
@@ -113,6 +119,7 @@ class Attention(nn.Module):
         value = self.v_norm(self.v_proj(hidden_states).view(*shape, *self.v_view))
         query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         query, key = self.position(query, key, rotary)
+        query, key = self.q_rotated(query), self.k_rotated(key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         context, _ = self.core(

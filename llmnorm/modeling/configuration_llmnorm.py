@@ -1,7 +1,7 @@
 """The configuration: the shape of a Llama, and the wiring of its norms.
 
-`norm`, `placement` and `qk_norm` say what was asked for; `residuals` and `final_norm` say what that
-resolved to, layer by layer, and are what the model is built from. `wiring` seals the two together:
+`norm`, `placement` and `qk_norm` say what was asked for; `residuals`, `final_norm`, `logits` and
+`streams` say what that resolved to, and are what the model is built from. `wiring` seals the two:
 editing one without the other raises at construction instead of being ignored. With `placement=None`
 the residuals stand alone (a hand-made wiring). Without residuals the wiring is Pre-LN with `norm`,
 the one placement that needs no rule; presets hold shapes only and rely on it.
@@ -17,9 +17,13 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .initialization import InitSpec
+from .lerp import Lerp  # noqa: F401 (enters the residual modules)
 from .operations import check_kind, check_positive, read_choice
-from .residual import NormSpec, ResidualSpec, parse_layer
+from .parametrization import Parametrization
+from .residual import ATTENTION_SLOTS, NormSpec, ResidualSpec, parse_layer
 from .rotary import POSITIONS
+from .streams import StreamsSpec
+from .weights import WeightSpec
 
 EMBEDDINGS = ("raw", "scale", "norm")
 SCALE_INITS = ("unit_rms", "sqrt_dim")
@@ -67,12 +71,16 @@ class LlmNormConfig(PreTrainedConfig):
         residuals.
         residuals: resolved specs, one `{"attn": slots, "mlp": slots}` a layer (`ResidualSpec`).
         final_norm: resolved spec of the norm before the head; None for none.
+        logits: resolved spec of what multiplies the logits; None for none.
+        streams: resolved spec of a second residual stream (`StreamsSpec`); None for one stream.
         wiring: seal over the fields above and the shape they were resolved for.
         qk_norm: `none`, `per_head` or `full_width`, or `{"layout": ..., "op": ..., **options}`.
         mlp: `gated` or `plain`; with `hidden_act` silu and gated this is SwiGLU, gelu GeGLU.
         position: `rope` or `none`.
         embedding: `raw`, `scale` or `norm`, or a mapping (`EmbeddingSpec`).
         init: name of an init policy, or a mapping (`InitSpec`).
+        weights: how matrices are held (`WeightSpec`): plain, weight_norm, unit, project, lawn.
+        parametrization: `standard` or `mup` relative to a base model (`Parametrization`).
 
     Raises:
         ValueError: for a shape or a name that cannot be.
@@ -107,8 +115,12 @@ class LlmNormConfig(PreTrainedConfig):
     qk_norm: Any = "none"
     embedding: Any = "raw"
     init: Any = "plain"
+    weights: Any = "plain"
+    parametrization: Any = "standard"
     residuals: list[dict[str, Any]] | None = None
     final_norm: dict[str, Any] | None = None
+    logits: dict[str, Any] | None = None
+    streams: dict[str, Any] | None = None
     wiring: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -169,6 +181,8 @@ class LlmNormConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout is {self.attention_dropout!r}; expected 0 to 1")
         InitSpec.parse(self.init)
         EmbeddingSpec.parse(self.embedding)
+        WeightSpec.parse(self.weights)
+        Parametrization.parse(self.parametrization)
 
     def _check_whole(self, *names: str) -> None:
         for name in names:
@@ -208,6 +222,14 @@ class LlmNormConfig(PreTrainedConfig):
             return NormSpec.parse(self.norm).at("final", self.hidden_size)
         return None if self.final_norm is None else NormSpec.parse(self.final_norm)
 
+    def logits_spec(self) -> NormSpec | None:
+        """What multiplies the logits, or None."""
+        return None if self.logits is None else NormSpec.parse(self.logits)
+
+    def streams_spec(self) -> StreamsSpec | None:
+        """The second residual stream, or None."""
+        return None if self.streams is None else StreamsSpec.parse(self.streams)
+
     def embedding_spec(self) -> EmbeddingSpec:
         """The treatment of the embedding; its norm defaults to the scheme's."""
         spec = EmbeddingSpec.parse(self.embedding)
@@ -218,23 +240,41 @@ class LlmNormConfig(PreTrainedConfig):
             raise ValueError("embedding is 'norm' without a norm: {treatment: norm, norm: ...}")
         return replace(spec, norm=NormSpec.parse(norm).at("final", self.hidden_size))
 
-    def qk_norm_spec(self) -> NormSpec | None:
-        """The norm on queries and keys that `qk_norm` asks for, or None."""
+    def qk_norm_specs(self) -> dict[str, NormSpec]:
+        """The slots that `qk_norm` fills and their norms; none for layout `none`.
+
+        `{layout, op, **options}` may say `rope: after` to act after RoPE (per head alone) and
+        `value: true` for a norm on values too (QKV-norm, HybridNorm).
+        """
         given = read_choice("qk_norm", self.qk_norm, "layout")
         layout = given.pop("layout", "none")
         _one_of("qk_norm", layout, QK_NORMS)
         if layout == "none":
             if given:
                 raise ValueError(f"qk_norm has options {sorted(given)} but its layout is 'none'")
-            return None
-        norm = NormSpec.parse({"op": "rmsnorm", **given, "per_head": layout == "per_head"})
-        return norm.at("attn", self.hidden_size)
+            return {}
+        rope, value = given.pop("rope", "before"), given.pop("value", False)
+        _one_of("qk_norm.rope", rope, ("before", "after"))
+        check_kind("qk_norm.value", value, like=False)
+        norm = NormSpec.parse({"op": "rmsnorm", **given}).at("attn", self.hidden_size)
+        if rope == "after" and layout != "per_head":
+            raise ValueError(f"qk_norm after RoPE is per head; its layout is {layout!r}")
+        turned = "_rotated" if rope == "after" else ""
+        held = {f"{slot}{turned}": norm for slot in "qk"} | ({"v": norm} if value else {})
+        per_head = layout == "per_head"
+        return {
+            slot: replace(norm, per_head=per_head and slot in ("q", "k", "v"))
+            for slot, norm in held.items()
+        }
 
     def seal(self) -> str:
         """Digest of what was asked for, what it resolved to, and the shape it was resolved for."""
-        names = ("norm", "placement", "qk_norm", "residuals", "final_norm")
+        asked = ("norm", "placement", "qk_norm", "parametrization")
+        resolved = ("residuals", "final_norm", "logits", "streams")
         shape = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        content = json.dumps([getattr(self, name) for name in names + shape], sort_keys=True)
+        content = json.dumps(
+            [getattr(self, name) for name in asked + resolved + shape], sort_keys=True
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _check_seal(self) -> None:
@@ -246,9 +286,9 @@ class LlmNormConfig(PreTrainedConfig):
                 )
         elif self.wiring != self.seal():
             raise ValueError(
-                "norm, placement, qk_norm or the width no longer fit the resolved residuals; apply "
-                "the placement again (llmnorm.build_config), or set placement, norm and qk_norm to "
-                "null to keep hand-made residuals"
+                "norm, placement, qk_norm, parametrization or the width no longer fit the resolved "
+                "residuals; apply the placement again (llmnorm.build_config), or set placement, "
+                "norm and qk_norm to null to keep hand-made residuals"
             )
 
     def _default_residuals(self) -> tuple[ResidualSpec, ResidualSpec]:
@@ -257,9 +297,9 @@ class LlmNormConfig(PreTrainedConfig):
                 f"placement {self.placement!r} has no residuals; make the config with "
                 "llmnorm.build_config"
             )
-        norm, qk = NormSpec.parse(self.norm), self.qk_norm_spec()
+        norm = NormSpec.parse(self.norm)
         return (
-            ResidualSpec(pre=norm.at("attn", self.hidden_size), q=qk, k=qk),
+            ResidualSpec(pre=norm.at("attn", self.hidden_size)).having(**self.qk_norm_specs()),
             ResidualSpec(pre=norm.at("mlp", self.hidden_size)),
         )
 
@@ -270,10 +310,12 @@ class LlmNormConfig(PreTrainedConfig):
         """Tensor-parallel plan; projections around a norm over a sharded axis are gathered."""
         specs = self.residual_specs()
         attn = any(
-            attn.inner or any(s and not s.per_head for s in (attn.q, attn.k, attn.v))
-            for attn, _ in specs
+            slot == "inner" or not held.per_head
+            for spec, _ in specs
+            for slot, held in spec.slots().items()
+            if slot in (*ATTENTION_SLOTS, "inner")
         )
-        mlp = any(mlp.inner for _, mlp in specs)
+        mlp = any({"gate", "up", "inner"} & set(spec.slots()) for _, spec in specs)
         attn_in, attn_out = _SHARDED if not attn else _GATHERED
         mlp_in, mlp_out = _SHARDED if not mlp else _GATHERED
         plan = {f"layers.*.self_attn.{p}_proj": attn_in for p in "qkv"}

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .operations import check_positive, read_choice
+from .parametrization import Parametrization
+from .weights import WeightNormLinear, WeightSpec, unit_dim
 
 # Branch matrices whose std a residual-aware policy changes.
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
@@ -28,6 +30,7 @@ class Matrix:
     name: str
     number: int
     depth: int
+    hidden_size: int
     fan_in: int
     fan_out: int
     initializer_range: float
@@ -63,12 +66,37 @@ def sub_ln(m: Matrix) -> float:
     return m.xavier * (math.sqrt(math.log(2 * m.depth)) if m.name in _VALUE_PATH else 1.0)
 
 
+def small(m: Matrix) -> float:
+    """sqrt(2 / (5 d)) for every matrix, d the hidden size (SmallInit, arXiv:1910.05895)."""
+    return math.sqrt(2 / (5 * m.hidden_size))
+
+
+def sdd(m: Matrix) -> float:
+    """1/sqrt(2.5 d) for every matrix, d the hidden size (SDD, arXiv:2502.15499)."""
+    return (2.5 * m.hidden_size) ** -0.5
+
+
+def fixup(m: Matrix) -> float:
+    """Last matrix of a branch 0, the others times n^(-1/(2 m - 2)); n branches of m = 2 matrices.
+
+    Zhang et al., "Fixup Initialization", 2019, from memory; m counts the matrices in sequence, v
+    and o in attention, up (beside gate) and down in the mlp.
+    """
+    if m.name in _OUTPUT_PROJECTIONS:
+        return 0.0
+    inside = m.name in ("v_proj", "gate_proj", "up_proj")
+    return m.initializer_range * ((2 * m.depth) ** -0.5 if inside else 1.0)
+
+
 INIT_POLICIES: dict[str, Callable[[Matrix], float]] = {
     "plain": plain,
     "scaled": scaled,
     "depth_scaled": depth_scaled,
     "deepnorm": deepnorm,
     "sub_ln": sub_ln,
+    "small": small,
+    "sdd": sdd,
+    "fixup": fixup,
 }
 
 
@@ -101,12 +129,17 @@ class InitSpec:
 def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> float:
     """Std that the config's policy asks of a matrix, by its name in the causal model.
 
+    Under muP matrices inside the blocks are divided by sqrt(m_d); where `weights` is `unit`, rows
+    of length 1 leave 1/sqrt(row length) whatever the policy.
+
     Args:
         name: module name such as `model.layers.3.mlp.down_proj`, `model.embed_tokens`, `lm_head`.
         module: the Linear or Embedding.
         config: an `LlmNormConfig`.
     """
     spec = InitSpec.parse(config.init)
+    if WeightSpec.parse(config.weights).kind == "unit":
+        return module.weight.shape[unit_dim(name)] ** -0.5
     if isinstance(module, nn.Embedding):
         return spec.embedding_std or config.initializer_range
     parts = name.split(".")
@@ -116,26 +149,47 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
         name=parts[-1],
         number=int(parts[parts.index("layers") + 1]) + 1,
         depth=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
         fan_in=module.in_features,
         fan_out=module.out_features,
         initializer_range=config.initializer_range,
     )
-    return INIT_POLICIES[spec.policy](matrix)
+    ratio = Parametrization.parse(config.parametrization).width_ratio(config.hidden_size)
+    return INIT_POLICIES[spec.policy](matrix) / math.sqrt(ratio)
 
 
 def mark(module: nn.Module, config: Any, prefix: str = "") -> None:
-    """Note on every Linear and Embedding below `module` its name and the std of its draw."""
+    """Note on every Linear and Embedding below `module` its name and how it is drawn."""
+    unit = WeightSpec.parse(config.weights).kind == "unit"
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear | nn.Embedding):
             child.init_name = f"{name}.weight"  # type: ignore[assignment]
             child.init_std = expected_std(name, child, config)  # type: ignore[assignment]
+            child.init_unit_dim = unit_dim(name) if unit else None  # type: ignore[assignment]
 
 
-def draw(tensor: torch.Tensor, *, std: float, name: str) -> None:
-    """Fill a tensor with N(0, std) by (torch's initial seed, name), unless it was loaded."""
+def start(module: nn.Linear | nn.Embedding, *, std: float) -> None:
+    """Draw a marked matrix, zero its bias, set the row lengths of weight normalization."""
+    std = getattr(module, "init_std", std)
+    name, unit = getattr(module, "init_name", "new"), getattr(module, "init_unit_dim", None)
+    draw(module.weight, std=std, name=name, unit=unit)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        init.zeros_(module.bias)
+    if isinstance(module, WeightNormLinear):
+        module.reset_length()
+
+
+def draw(tensor: torch.Tensor, *, std: float, name: str, unit: int | None = None) -> None:
+    """Fill a tensor with N(0, std) by (torch's initial seed, name), unless it was loaded.
+
+    With `unit`, the slices along that axis are then brought to length 1.
+    """
     if tensor.is_meta or getattr(tensor, "_is_hf_initialized", False):
         return
     digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     sample = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-    init.copy_(tensor, sample.normal_(0.0, std, generator=generator))
+    sample.normal_(0.0, std, generator=generator)
+    if unit is not None:
+        sample /= sample.norm(dim=unit, keepdim=True)
+    init.copy_(tensor, sample)

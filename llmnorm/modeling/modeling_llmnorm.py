@@ -6,6 +6,8 @@ runs.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -25,12 +26,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import Attention, AttentionCore
 from .configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from .gains import EmbeddingScale
-from .initialization import InitSpec, draw, mark
+from .initialization import InitSpec, mark, start
 from .mlp import MLPS
 from .operations import OPERATIONS, compute_dtype
-from .residual import Residual, ResidualSpec, build_slot
+from .residual import ResidualSpec, build_residual, build_slot
 from .rotary import rotary_table
+from .streams import build_streams
 from .travel import foreign_sources, write_sources
+from .weights import build_head
 
 
 def embedding_scale(spec: EmbeddingSpec, config: LlmNormConfig) -> nn.Module:
@@ -49,14 +52,14 @@ class LlmNormDecoderLayer(GradientCheckpointingLayer):
     ) -> None:
         super().__init__()
         attn, mlp = specs
-        self.attn_residual = Residual(attn, config.hidden_size)
+        self.attn_residual = build_residual(attn, config.hidden_size)
         self.self_attn = Attention(config, attn, layer_idx)
-        self.mlp_residual = Residual(mlp, config.hidden_size)
+        self.mlp_residual = build_residual(mlp, config.hidden_size, block=self)
         self.mlp = MLPS[config.mlp](config, mlp)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        hidden_states = self.attn_residual(hidden_states, self.self_attn, **kwargs)
-        return self.mlp_residual(hidden_states, self.mlp)
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        h = self.attn_residual(x, x, self.self_attn, **kwargs)
+        return self.mlp_residual(h, x, self.mlp)
 
 
 class LlmNormPreTrainedModel(PreTrainedModel):
@@ -81,10 +84,7 @@ class LlmNormPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            std = getattr(module, "init_std", self.config.initializer_range)
-            draw(module.weight, std=std, name=getattr(module, "init_name", "new"))
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
+            start(module, std=self.config.initializer_range)
         elif isinstance(module, (EmbeddingScale, *OPERATIONS.values())):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
@@ -95,6 +95,21 @@ class LlmNormPreTrainedModel(PreTrainedModel):
         sources = foreign_sources(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         write_sources(sources, Path(save_directory))
+
+
+def close_hidden_states(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the recorded hidden states be closed: one (batch, seq, hidden) for any streams."""
+
+    @wraps(forward)
+    def closing(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None:
+            *states, last = outputs.hidden_states  # the last one is closed and normalized already
+            outputs.hidden_states = (*map(self.streams.close, states), last)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if as_dict else outputs.to_tuple()
+
+    return closing
 
 
 class LlmNormModel(LlmNormPreTrainedModel):
@@ -115,11 +130,13 @@ class LlmNormModel(LlmNormPreTrainedModel):
             LlmNormDecoderLayer(config, specs, layer_idx)
             for layer_idx, specs in enumerate(config.residual_specs())
         )
+        self.streams = build_streams(config.streams_spec(), config.hidden_size)
         self.norm = build_slot(config.final_norm_spec(), config.hidden_size)
         self.gradient_checkpointing = False
         mark(self, config, prefix="model")
         self.post_init()
 
+    @close_hidden_states
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -160,6 +177,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
             theta=self.config.rope_parameters["rope_theta"],
             dtype=x.dtype,
         )
+        x = self.streams.open(x)
         for layer in self.layers:
             x = layer(
                 x,
@@ -170,7 +188,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
+            last_hidden_state=self.norm(self.streams.close(x)), past_key_values=past_key_values
         )
 
 
@@ -206,9 +224,14 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     def __init__(self, config: LlmNormConfig) -> None:
         super().__init__(config)
         self.model = LlmNormModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
+        self.logits = build_slot(config.logits_spec(), config.vocab_size)
         mark(self.lm_head, config, prefix="lm_head")
         self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., hidden) after the final norm to logits (..., vocab)."""
+        return self.logits(self.lm_head(hidden_states))
 
     @can_return_tuple
     def forward(
@@ -241,7 +264,7 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        logits = self.compute_logits(outputs.last_hidden_state[:, keep, :])
         loss = None
         if labels is not None:
             loss = causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)

@@ -106,16 +106,18 @@ def read_choice(field: str, value: Any, key: str) -> dict[str, Any]:
 
 def options_at(
     name: str, options: Mapping[str, Any], kind: str, hidden_size: int
-) -> dict[str, Any]:
-    """Options of a norm at one kind of site (`attn`, `mlp` or `final`) of a model of this width.
+) -> tuple[str, dict[str, Any]]:
+    """Operation and options of a norm at one kind of site (`attn`, `mlp`, `final`) and width.
 
     Defaults are written out, so that a stored spec stays right if they change. Only norms that
-    define `options_at` (DyT, Derf: alpha depends on site and width) resolve more than that.
+    define `options_at` resolve more than that: DyT's alpha depends on site and width, BHyT's final
+    norm is another operation (`op` among the options).
     """
     resolve = getattr(operation(name), "options_at", None)
     resolved = dict(options) if resolve is None else resolve(dict(options), kind, hidden_size)
+    name = resolved.pop("op", name)
     check_options(name, resolved)
-    return {**_defaults(name), **resolved}
+    return name, {**_defaults(name), **resolved}
 
 
 def _defaults(name: str) -> dict[str, Any]:

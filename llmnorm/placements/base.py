@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from llmnorm.modeling.operations import check_kind, read_choice
 from llmnorm.modeling.residual import NormSpec, ResidualSpec
+from llmnorm.modeling.streams import StreamsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Site:
     layer_idx: int
     depth: int
     num_attention_heads: int
+    hidden_size: int
+    head_dim: int
 
     @property
     def number(self) -> int:
@@ -31,12 +34,23 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement(ABC):
-    """Base of all placements; the class variables are defaults that a run may override."""
+    """Base of all placements.
+
+    `init`, `embedding`, `weights` and `parametrization` are what the scheme asks for on the other
+    axes, which a run may override; `accepts` names the norms it is defined for (None: any).
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    init: ClassVar[str] = "plain"
-    embedding: ClassVar[str] = "raw"
+    init: ClassVar[Any] = "plain"
+    embedding: ClassVar[Any] = "raw"
+    weights: ClassVar[Any] = "plain"
+    accepts: ClassVar[tuple[str, ...] | None] = None
+
+    @property
+    def parametrization(self) -> str | dict[str, Any]:
+        """What the scheme asks of the config field of this name."""
+        return "standard"
 
     @abstractmethod
     def residual(self, site: Site, norm: NormSpec) -> ResidualSpec:
@@ -46,9 +60,17 @@ class Placement(ABC):
         """The norm before the head; None where the last block already ends in one."""
         return norm
 
+    def logits(self, hidden_size: int) -> NormSpec | None:
+        """What multiplies the logits; nothing by default."""
+        return None
+
+    def streams(self, norm: NormSpec) -> StreamsSpec | None:
+        """The second residual stream; none by default. `norm` is the final site's."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
-        """Name and options, as `parse_placement` reads them."""
-        return {"name": self.name, **asdict(self)}
+        """Name and options, as `parse_placement` reads them; options that are None are left out."""
+        return {"name": self.name, **{k: v for k, v in asdict(self).items() if v is not None}}
 
 
 PLACEMENTS: dict[str, type[Placement]] = {}
@@ -94,6 +116,6 @@ def parse_placement(value: str | Mapping[str, Any]) -> Placement:
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{name} has no option {unknown[0]!r}; its options: {allowed}")
     for option in fields(PLACEMENTS[name]):
-        if option.name in options:
+        if option.name in options and not option.metadata.get("checks_itself"):
             check_kind(f"{name}.{option.name}", options[option.name], like=option.default)
     return PLACEMENTS[name](**options)

@@ -17,6 +17,7 @@ from llmnorm.config import RunConfig
 from llmnorm.data import GlobalBatches, Prepared, open_prepared
 from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
 from llmnorm.training.weights import load_weights
@@ -136,7 +137,7 @@ def make_batches(config: RunConfig, data: Prepared, plan: Plan, ranks: Ranks) ->
     )
 
 
-def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> PreTrainedModel:
+def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> LlmNormForCausalLM:
     """Build the model for this data, fresh or with the weights of the folder `init_from`.
 
     Raises:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+
+from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 
 IGNORED = -100
 """A target with this value does not count (padding rows of the last micro-batch)."""
@@ -31,11 +32,11 @@ class Objective(nn.Module):
     Shape: `input_ids`, `targets` and `position_ids` are (batch, seq).
 
     Args:
-        model: a Hugging Face causal language model with a trunk and an output embedding.
+        model: the language model.
         logits_per_chunk: largest number of logits held at once.
     """
 
-    def __init__(self, model: PreTrainedModel, logits_per_chunk: int = LOGITS_PER_CHUNK) -> None:
+    def __init__(self, model: LlmNormForCausalLM, logits_per_chunk: int = LOGITS_PER_CHUNK) -> None:
         super().__init__()
         self.model = model
         self.chunk = max(1, logits_per_chunk // model.config.vocab_size)  # tokens
@@ -58,7 +59,7 @@ class Objective(nn.Module):
 
     def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the summed loss of (tokens, hidden) against (tokens,), a float64 scalar."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.model.compute_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         return losses.sum(dtype=torch.float64)

@@ -36,7 +36,14 @@ def test_alpha_and_beta_are_the_papers(depth: int, alpha: float, beta: float) ->
     skips = {layer[kind]["skip"]["value"] for layer in config.residuals for kind in ("attn", "mlp")}
     assert len(skips) == 1
     assert skips.pop() == pytest.approx(alpha, rel=3e-4)
-    square = {"number": 1, "depth": depth, "fan_in": 50, "fan_out": 50, "initializer_range": 9.0}
+    square = {
+        "number": 1,
+        "depth": depth,
+        "hidden_size": 50,
+        "fan_in": 50,
+        "fan_out": 50,
+        "initializer_range": 9.0,
+    }
     ratio = deepnorm(Matrix(name="v_proj", **square)) / deepnorm(Matrix(name="q_proj", **square))
     assert ratio == pytest.approx(beta, rel=3e-4)
 

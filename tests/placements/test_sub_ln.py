@@ -33,7 +33,14 @@ def test_sub_ln_has_four_norms_a_layer_of_the_widths_they_act_on() -> None:
 
 @pytest.mark.parametrize("depth", [1, 6, 24])
 def test_the_value_path_starts_larger_by_sqrt_of_log_of_2_l(depth: int) -> None:
-    shape = {"number": 1, "depth": depth, "fan_in": 40, "fan_out": 60, "initializer_range": 9.0}
+    shape = {
+        "number": 1,
+        "depth": depth,
+        "hidden_size": 50,
+        "fan_in": 40,
+        "fan_out": 60,
+        "initializer_range": 9.0,
+    }
     xavier = math.sqrt(2 / 100)
     for name in ("q_proj", "k_proj"):
         assert sub_ln(Matrix(name=name, **shape)) == pytest.approx(xavier)
