@@ -1,0 +1,183 @@
+"""Which placements still learn in a stack of 200 layers, and two of them in one of 1,000.
+
+    python benchmarks/depth.py                       # all of it: hours on two cores
+    python benchmarks/depth.py --only keel post_ln   # some schemes; the rest keeps its numbers
+
+Every run goes through the ordinary trainer on the source of Python's own library: width 64, one
+learning rate and one embedding treatment for all but nGPT, whose embedding has rows of length 1. A
+stopped benchmark continues where it was, from the runs' checkpoints. Loss and gradient of each run
+stand in `results/depth.json`, the curves in `results/depth.png`. One seed and one learning rate:
+this shows who learns at such depth, it ranks nobody.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from record import RESULTS, write_result
+
+WINDOW = 10
+FALLS_BY = 1.0
+"""The loss falls if the mean of its last ten steps is this many nats below the first step's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A deep run: its scheme, how deep, how long, and whether it is expected to learn."""
+
+    placement: str
+    options: dict[str, str] = field(default_factory=dict)
+    norm: str = "rmsnorm"
+    overrides: dict[str, str] = field(default_factory=lambda: {"embedding": "scale"})
+    layers: int = 200
+    steps: int = 300
+    learns: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.placement}-{self.layers}"
+
+
+STACKS = [
+    Stack(placement="post_ln", learns=False),
+    Stack(placement="pre_ln"),
+    Stack(placement="deepnorm"),
+    Stack(placement="keel"),
+    Stack(placement="lns"),
+    Stack(placement="peri_ln"),
+    Stack(placement="sub_ln"),
+    Stack(placement="gpas"),
+    Stack(placement="residual_dual"),
+    Stack(placement="siamese_norm"),
+    Stack(placement="span_norm"),
+    Stack(placement="admin"),
+    Stack(placement="depth_scaled"),
+    Stack(placement="completep"),
+    Stack(placement="layerscale"),
+    Stack(placement="skip_init"),
+    Stack(placement="rezero", norm="none"),
+    Stack(placement="fixup", norm="none"),
+    Stack(placement="ngpt", norm="l2norm", overrides={}),
+    Stack(placement="deepnorm", layers=1000, steps=100),
+    Stack(placement="keel", layers=1000, steps=100),
+]
+
+
+def train(stack: Stack, data: Path, runs: Path) -> Path:
+    """Train or continue one stack; return its run directory, whatever became of it."""
+    run = runs / stack.name
+    if (run / "exit.json").is_file() and json.loads((run / "exit.json").read_text())["code"] == 6:
+        return run  # diverged, which is a result
+    settings = {
+        "model.preset": "debug",
+        "model.norm.op": stack.norm,
+        "model.placement.name": stack.placement,
+        **{f"model.placement.{key}": value for key, value in stack.options.items()},
+        "model.overrides.hidden_size": 64,
+        "model.overrides.intermediate_size": 176,
+        "model.overrides.num_hidden_layers": stack.layers,
+        **{f"model.overrides.{key}": value for key, value in stack.overrides.items()},
+        "data.path": data,
+        "data.seq_len": 64,
+        "optimizer.lr": 1e-3,
+        "schedule.warmup_steps": stack.steps // 10,
+        "training.max_tokens": "null",
+        "training.max_steps": stack.steps,
+        "training.global_batch_size": 8,
+        "training.precision": "fp32",
+        "training.compile": "false",
+        "eval.interval_steps": 0,
+        "eval.max_documents": 1,
+        "checkpoint.interval_steps": 25,
+        "checkpoint.keep": 1,
+        "output.dir": run,
+    }
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    code = subprocess.call([sys.executable, "-m", "llmnorm", "train", "quickstart", *words])
+    if code not in (0, 6):
+        sys.exit(code)
+    return run
+
+
+def losses_of(run: Path) -> list[float]:
+    """The training loss of every step in nats."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [math.nan if r["train/loss"] is None else float(r["train/loss"]) for r in records]
+
+
+def measured(stack: Stack, run: Path) -> dict:
+    """What is kept of a run: its scheme, how the loss began and ended, and the curve."""
+    losses = losses_of(run)
+    last = statistics.fmean(losses[-WINDOW:])
+    return {
+        "placement": stack.placement,
+        "norm": stack.norm,
+        "commit": json.loads((run / "environment.json").read_text())["commit"],
+        "layers": stack.layers,
+        "steps": len(losses),
+        "first_loss": losses[0],
+        "last_loss": last,
+        "falls": bool(last < losses[0] - FALLS_BY),
+        "losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """The loss curves, the stack of 200 layers on the left and that of 1,000 on the right."""
+    depths = sorted({row["layers"] for row in rows.values()})
+    figure, axes = pyplot.subplots(1, len(depths), figsize=(6 * len(depths), 5), squeeze=False)
+    for axis, depth in zip(axes[0], depths, strict=True):
+        shown = [row for row in rows.values() if row["layers"] == depth]
+        colors = pyplot.colormaps["turbo"]
+        for place, row in enumerate(sorted(shown, key=lambda row: row["last_loss"])):
+            style = "-" if row["falls"] else "--"
+            label = f"{row['last_loss']:.2f}  {row['placement']}"
+            color = colors((place + 0.5) / len(shown))
+            axis.plot(row["losses"], style, color=color, linewidth=1.2, label=label)
+        axis.set(title=f"{depth} layers of width 64", xlabel="step", ylabel="training loss (nats)")
+        axis.legend(fontsize=7, title=f"mean of the last {WINDOW} steps", title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Run what is left, then write result and picture; 1 if a stack did not do as expected."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="PLACEMENT", help="these placements alone")
+    parser.add_argument("--data", type=Path, default=Path("data/depth"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/depth"))
+    args = parser.parse_args()
+    if not args.data.exists():
+        source = ["--source", "python-stdlib", "--vocab-size", "1024", "--out", str(args.data)]
+        subprocess.check_call([sys.executable, "-m", "llmnorm", "data", "prepare", *source])
+    path = RESULTS / "depth.json"
+    rows = json.loads(path.read_text())["stacks"] if path.is_file() else {}
+    wrong = []
+    for stack in STACKS:
+        if args.only and stack.placement not in args.only:
+            continue
+        rows[stack.name] = measured(stack, train(stack, args.data, args.runs))
+        if rows[stack.name]["falls"] != stack.learns:
+            wrong.append(stack.name)
+        falling = [name for name, row in rows.items() if row["falls"]]
+        headline = f"{len(falling)} of {len(rows)} deep stacks learn; not: " + (
+            ", ".join(sorted(set(rows) - set(falling))) or "none"
+        )
+        draw(rows, RESULTS / "depth.png")
+        write_result("depth", headline, {"falls_by_nats": FALLS_BY, "stacks": rows})
+    if wrong:
+        sys.stdout.write(f"not as expected: {', '.join(wrong)}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
