@@ -4,6 +4,7 @@ import pytest
 import torch
 from goldens.cases import Case, assert_equal, layer_cases, matching
 from goldens.layers import build_attention, build_norm, is_attention
+from goldens.running import compare_running
 from torch import Tensor
 from torch.func import functional_call
 
@@ -12,7 +13,12 @@ pytestmark = pytest.mark.fast
 
 
 def test_layer_equals_the_reference(case: Case) -> None:
-    compare_attention(case) if is_attention(case) else compare_norm(case)
+    if case.manifest.kind == "stateful_layer":
+        compare_running(case)
+    elif is_attention(case):
+        compare_attention(case)
+    else:
+        compare_norm(case)
 
 
 def leaves(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,9 +42,10 @@ def compare_norm(case: Case) -> None:
     module, to_ours = build_norm(case)
     data = case.manifest.tensors()
     params = leaves(case, data)
-    x = tensor(case, data, f"{case.fields['input']}/x").requires_grad_()
+    shared = case.fields.get("input", case.name)
+    x = tensor(case, data, f"{shared}/x").requires_grad_()
     y = functional_call(module, to_ours(params), (x,), strict=True)
-    compare_gradients(case, data, y, x, params, tensor(case, data, f"{case.fields['input']}/dy"))
+    compare_gradients(case, data, y, x, params, tensor(case, data, f"{shared}/dy"))
 
 
 def compare_attention(case: Case) -> None:

@@ -1,0 +1,152 @@
+"""TaperNorm: an RMSNorm that turns into a fixed multiplication while the model trains."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .affine import AffineNorm, check_choice, check_norm, rmsnorm_like
+from .operations import check_positive, compute_dtype, register_norm
+
+
+def _at_site(options: dict[str, Any], kind: str, hidden_size: int) -> dict[str, Any]:
+    """The final norm stays an rmsnorm unless `final` is `taper`."""
+    final = options.pop("final", "keep")
+    check_choice("tapernorm.final", final, ("keep", "taper"))
+    return rmsnorm_like(options) if kind == "final" and final == "keep" else options
+
+
+@register_norm("tapernorm")
+class TaperNorm(AffineNorm):
+    r"""Normalize first, and fade to a fixed gain that folds into the next linear layer.
+
+        y = scale * (g * weight * x / r + (1 - g) * c * taper_weight * x)
+        r = sqrt(mean(x^2) + eps)
+
+    `after_step` moves what no gradient moves. For `warmup_steps` the gate g is 1 and
+    E[|x weight|^2 / r] and E[|x weight|^2] over tokens are averaged. Then c becomes their quotient
+    (the least-squares fit of the norm by a constant), taper_weight a copy of weight, and g goes to
+    0 along a half cosine of `taper_steps`.
+
+    Shape: x and y are (..., dim); weight and taper_weight are (dim,); gate (g), c and the two
+    averages are (1,) and take no gradient. taper_weight has a zero gradient while g is 1, weight
+    one once g is 0.
+
+    Args:
+        dim: size of the feature axis.
+        eps: inside the root.
+        warmup_steps: optimizer steps with g at 1; the paper's schedule is not at hand, so this and
+            the next two defaults are ours.
+        taper_steps: optimizer steps from g = 1 to g = 0.
+        momentum: weight of the past in the averages. In a config, `final: keep` (the paper's
+            Internal, our default) leaves the final norm an rmsnorm; `taper` tapers it too (All;
+            that variant's auxiliary loss on r of the final norm is not implemented).
+        scale: constant multiplier on the output.
+
+    Raises:
+        ValueError: if ``dim < 1``, ``eps <= 0``, a number of steps is not whole and above 0, or
+            `momentum` is not between 0 and 1.
+
+    Source: TaperNorm, 2026, arXiv:2602.10408.
+    """
+
+    options_at = staticmethod(_at_site)
+    weight: nn.Parameter
+    taper_weight: nn.Parameter
+    gate: nn.Parameter
+    c: nn.Parameter
+    mean_over_rms: nn.Parameter
+    mean_square: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-6,
+        warmup_steps: int = 1000,
+        taper_steps: int = 1000,
+        momentum: float = 0.99,
+        scale: float = 1.0,
+    ) -> None:
+        check_norm("tapernorm", dim, eps=eps, momentum=momentum, scale=scale)
+        for name, steps in (("warmup_steps", warmup_steps), ("taper_steps", taper_steps)):
+            check_positive(f"tapernorm.{name}", steps)
+            if steps != int(steps):
+                raise ValueError(f"tapernorm.{name} is {steps!r}; expected a whole number")
+        if momentum >= 1:
+            raise ValueError(f"tapernorm.momentum is {momentum!r}; expected below 1")
+        super().__init__(dim, scale=scale)
+        self.start("taper_weight", dim, 1.0)
+        for name, value in {
+            "gate": 1.0,
+            "c": 1.0,
+            "mean_over_rms": 0.0,
+            "mean_square": 0.0,
+        }.items():
+            self.start(name, 1, value)
+            self.get_parameter(name).requires_grad_(False)
+        self.eps, self.momentum = eps, momentum
+        self.warmup_steps, self.taper_steps = int(warmup_steps), int(taper_steps)
+        self.seen: torch.Tensor | None = None  # this step's two means, for `after_step`
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.to(compute_dtype(x))
+        inverse_rms = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        weighted = self.weight * h
+        if self.training:
+            squares = weighted.detach().pow(2).sum(-1, keepdim=True)
+            self.seen = torch.stack(((squares * inverse_rms.detach()).mean(), squares.mean()))
+        tapered = self.c * self.taper_weight * h
+        return (self.scale * (self.gate * weighted * inverse_rms + (1 - self.gate) * tapered)).to(
+            x.dtype
+        )
+
+    @torch.no_grad()
+    def after_step(
+        self, step: int, mean: Callable[[torch.Tensor], torch.Tensor] = lambda seen: seen
+    ) -> None:
+        """Move gate, c and the averages after optimizer step number `step` (from 1).
+
+        Args:
+            step: optimizer steps done, this one included.
+            mean: averages a tensor over the ranks; the measured means are of the last forward in
+                training mode on this rank, its last micro-batch.
+
+        Raises:
+            ValueError: if nothing was measured in a step of the warm-up.
+        """
+        if step <= self.warmup_steps:
+            if self.seen is None:
+                raise ValueError("tapernorm saw no forward in training mode before this step")
+            for average, now in zip(
+                (self.mean_over_rms, self.mean_square), mean(self.seen).tolist(), strict=True
+            ):
+                average.fill_(self.momentum * _number(average) + (1 - self.momentum) * now)
+        if step == self.warmup_steps:
+            self.c.fill_(_number(self.mean_over_rms) / _number(self.mean_square))
+            self.taper_weight.copy_(self.weight)
+        done = min(max(step - self.warmup_steps, 0) / self.taper_steps, 1.0)
+        self.gate.fill_((1 + math.cos(math.pi * done)) / 2 if done < 1 else 0.0)
+        self.seen = None
+
+    @torch.no_grad()
+    def fold(self) -> torch.Tensor:
+        """The gain (dim,) that the norm has become: multiply the columns of the next layers by it.
+
+        Raises:
+            ValueError: while the gate is not 0.
+        """
+        if _number(self.gate) != 0:
+            raise ValueError(
+                f"tapernorm's gate is {_number(self.gate):.4g}; it folds at 0, after "
+                f"{self.warmup_steps + self.taper_steps} steps"
+            )
+        return self.scale * self.c * self.taper_weight
+
+
+def _number(parameter: Any) -> float:
+    """The value of a one-element parameter, gathered if it is sharded."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return float(whole.item())
