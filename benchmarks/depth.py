@@ -4,8 +4,10 @@
     python benchmarks/depth.py --only keel post_ln   # some schemes; the rest keeps its numbers
 
 Every run goes through the ordinary trainer on the source of Python's own library: width 64, one
-learning rate and one embedding treatment for all but nGPT, whose embedding has rows of length 1. A
-stopped benchmark continues where it was, from the runs' checkpoints. Loss and gradient of each run
+learning rate, and one embedding treatment for all but nGPT, whose embedding has rows of length 1.
+Matrices start at 1/sqrt(width), where a branch is as large as the stream: at 0.02 the branches of
+so narrow a model hardly touch the stream, and even Post-LN learns. (DeepNorm, SubLN, SDD and Fixup
+bring their own init.) A stopped benchmark continues where it was, from the runs' checkpoints. Loss and gradient of each run
 stand in `results/depth.json`, the curves in `results/depth.png`. One seed and one learning rate:
 this shows who learns at such depth, it ranks nobody.
 """
@@ -85,6 +87,7 @@ def train(stack: Stack, data: Path, runs: Path) -> Path:
         "model.overrides.hidden_size": 64,
         "model.overrides.intermediate_size": 176,
         "model.overrides.num_hidden_layers": stack.layers,
+        "model.overrides.initializer_range": 0.125,
         **{f"model.overrides.{key}": value for key, value in stack.overrides.items()},
         "data.path": data,
         "data.seq_len": 64,
