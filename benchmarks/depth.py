@@ -6,10 +6,10 @@
 Every run goes through the ordinary trainer on the source of Python's own library: width 64, one
 learning rate, and one embedding treatment for all but nGPT, whose embedding has rows of length 1.
 Matrices start at 1/sqrt(width), where a branch is as large as the stream: at 0.02 the branches of
-so narrow a model hardly touch the stream, and even Post-LN learns. (DeepNorm, SubLN, SDD and Fixup
-bring their own init.) A stopped benchmark continues where it was, from the runs' checkpoints. Loss and gradient of each run
-stand in `results/depth.json`, the curves in `results/depth.png`. One seed and one learning rate:
-this shows who learns at such depth, it ranks nobody.
+so narrow a model hardly touch the stream, and even Post-LN learns. (DeepNorm, SubLN and Fixup bring
+their own init.) A stopped benchmark continues where it was, from the runs' checkpoints. The losses
+of each run stand in `results/depth.json`, the curves in `results/depth.png`. One seed and one
+learning rate: this shows who learns at such depth, it ranks nobody.
 """
 
 import argparse
