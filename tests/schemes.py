@@ -31,7 +31,7 @@ FULL: list[tuple[str, str]] = [
 ]
 
 # Norms that bound features without normalizing them.
-POINTWISE = ("dyt", "derf")
+POINTWISE = ("dyt", "derf", "pointwise")
 
 # Largest difference of two computations of the same numbers, for values of order one.
 TOLERANCE: dict[torch.dtype, dict[str, float]] = {

@@ -85,4 +85,5 @@ def test_gains_of_unit_queries_and_keys_are_a_learned_factor_of_their_cosine() -
     cosine = torch.nn.functional.cosine_similarity(q[:, None], k[None], dim=-1)
     start = (3.0 * DIM**0.5) ** 0.5  # both gains and 1/sqrt(head_dim): 3
     norm = L2Norm(DIM, gain="scalar", weight_init=start).double()
-    assert_same(norm(q) @ norm(k).T / DIM**0.5, 3.0 * cosine)
+    logits = norm(q) @ norm(k).T / DIM**0.5
+    torch.testing.assert_close(logits, 3.0 * cosine, rtol=1e-6, atol=1e-8)  # float32 start

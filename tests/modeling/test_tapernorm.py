@@ -1,0 +1,173 @@
+"""TaperNorm against its formula: gate, schedule, fitted constant, fold."""
+
+import math
+
+import pytest
+import torch
+from features import DIM, assert_follows_formula, assert_same, features, norm_of, shaken
+from schemes import SHAPE
+
+from llmnorm import build_config
+from llmnorm.modeling.norms import RMSNorm, TaperNorm
+from llmnorm.modeling.residual import NormSpec
+
+pytestmark = pytest.mark.fast
+
+
+def rms(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def taper(**options: float) -> TaperNorm:
+    """A float64 norm with weights off 1 and everything else as it starts."""
+    norm = TaperNorm(DIM, **options).double()
+    with torch.no_grad():
+        norm.weight += 0.3 * features(DIM, seed=9)
+    return norm
+
+
+def train(norm: TaperNorm, steps: int, start: int = 0) -> list[torch.Tensor]:
+    """`steps` steps without an optimizer; the features of each."""
+    seen = [features(3, 5, DIM, seed=100 + start + i) * (1 + i) for i in range(steps)]
+    for i, x in enumerate(seen, start=start + 1):
+        norm(x)
+        norm.after_step(i)
+    return seen
+
+
+def test_tapernorm_blends_a_norm_and_a_fixed_gain() -> None:
+    norm = norm_of("tapernorm", eps=0.05, scale=0.7)
+    with torch.no_grad():
+        norm.gate.fill_(0.4)
+    assert_follows_formula(
+        norm,
+        lambda x, p: (
+            0.7
+            * (
+                p["gate"] * p["weight"] * x / rms(x, 0.05)
+                + (1 - p["gate"]) * p["c"] * p["taper_weight"] * x
+            )
+        ),
+    )
+
+
+def test_tapernorm_starts_as_rmsnorm_and_its_gate_takes_no_gradient() -> None:
+    x, norm = features(4, DIM), taper()
+    plain = RMSNorm(DIM).double()
+    with torch.no_grad():
+        plain.weight.copy_(norm.weight)
+    assert_same(norm(x), plain(x))
+    still = {name for name, p in norm.named_parameters() if not p.requires_grad}
+    assert still == {"gate", "c", "mean_over_rms", "mean_square"}
+
+
+def test_the_gate_waits_then_follows_a_half_cosine_to_zero() -> None:
+    norm, gates = taper(warmup_steps=3, taper_steps=4), []
+    for step in range(1, 10):
+        norm(features(2, DIM, seed=step))
+        norm.after_step(step)
+        gates.append(norm.gate.item())
+    cosine = [(1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
+    assert gates == pytest.approx([1.0, 1.0, 1.0, *cosine, 0.0, 0.0, 0.0])
+    assert gates[-1] == 0.0  # exactly: cos(pi) in float leaves nothing behind
+
+
+def test_the_constant_is_the_least_squares_fit_over_the_averaged_steps() -> None:
+    norm = taper(warmup_steps=3, taper_steps=4, momentum=0.8)
+    weight = norm.weight.detach().clone()
+    over, square = 0.0, 0.0
+    for x in train(norm, 3):
+        energy = (x * weight).pow(2).sum(-1, keepdim=True)
+        over = 0.8 * over + 0.2 * (energy / rms(x)).mean().item()
+        square = 0.8 * square + 0.2 * energy.mean().item()
+    assert norm.c.item() == pytest.approx(over / square, rel=1e-12)
+    assert torch.equal(norm.taper_weight, weight)
+
+
+def test_the_constant_of_one_batch_leaves_the_smallest_squared_error() -> None:
+    norm = taper(warmup_steps=1)
+    (x,) = train(norm, 1)
+    with torch.no_grad():
+        normed, plain = norm.weight * x / rms(x), norm.weight * x
+    errors = [(normed - f * norm.c.item() * plain).pow(2).sum() for f in (0.99, 1.0, 1.01)]
+    assert errors[1] == min(errors)
+
+
+def test_after_the_warm_up_constant_and_averages_are_frozen_and_the_new_gain_is_not() -> None:
+    norm = taper(warmup_steps=2, taper_steps=6)
+    train(norm, 2)
+    before = {name: p.detach().clone() for name, p in norm.named_parameters()}
+    with torch.no_grad():
+        norm.taper_weight *= 2.0
+        norm.weight *= 3.0
+    train(norm, 2, start=2)
+    for name in ("c", "mean_over_rms", "mean_square"):
+        assert torch.equal(norm.get_parameter(name), before[name])
+    assert torch.equal(norm.taper_weight, 2.0 * before["taper_weight"])
+    assert 0 < norm.gate.item() < 1
+    g_old, g_new = torch.autograd.grad(
+        norm(features(2, DIM)).sum(), [norm.weight, norm.taper_weight]
+    )
+    assert g_old.all()
+    assert g_new.all()
+
+
+def test_the_schedule_is_a_function_of_the_step_so_that_a_resumed_run_goes_on() -> None:
+    whole, resumed = taper(warmup_steps=2, taper_steps=4), taper(warmup_steps=2, taper_steps=4)
+    train(whole, 3)
+    resumed.load_state_dict(whole.state_dict())
+    for norm in (whole, resumed):
+        train(norm, 1, start=3)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_means_of_a_step_are_averaged_over_ranks() -> None:
+    norm = taper(warmup_steps=1)
+    norm(features(3, DIM))
+    both = norm.seen
+    norm.after_step(1, lambda seen: (seen + 3 * seen) / 2)
+    assert norm.mean_square.item() == pytest.approx(0.01 * 2 * both[1].item())
+
+
+def test_evaluation_measures_nothing_and_a_warm_up_step_without_training_is_refused() -> None:
+    norm = taper()
+    norm.eval()(features(2, DIM))
+    assert norm.seen is None
+    with pytest.raises(ValueError, match="saw no forward in training mode"):
+        norm.after_step(1)
+
+
+def test_once_the_gate_is_closed_the_norm_is_its_fold_and_no_sooner() -> None:
+    norm = taper(warmup_steps=2, taper_steps=3, scale=0.7)
+    train(norm, 4)
+    with pytest.raises(ValueError, match=r"gate is 0\.25; it folds at 0, after 5 steps"):
+        norm.fold()
+    train(norm, 1, start=4)
+    x = features(4, DIM)
+    assert_same(norm(x), norm.fold() * x)
+    linear = torch.nn.Linear(DIM, 3, bias=False).double()
+    folded = torch.nn.functional.linear(x, linear.weight * norm.fold())
+    assert_same(folded, linear(norm(x)))
+
+
+def test_a_closed_gate_is_linear_and_an_open_one_scale_free() -> None:
+    x, norm = features(4, DIM), shaken(TaperNorm(DIM, eps=1e-12))
+    with torch.no_grad():
+        norm.gate.fill_(0.0)
+        assert_same(norm(2 * x), 2 * norm(x))
+        norm.gate.fill_(1.0)
+        assert_same(norm(2 * x), norm(x))
+
+
+@pytest.mark.parametrize(("final", "op"), [("keep", "rmsnorm"), ("taper", "tapernorm")])
+def test_the_final_norm_is_kept_or_tapered(final: str, op: str) -> None:
+    config = build_config(SHAPE, norm={"op": "tapernorm", "final": final, "eps": 1e-5})
+    assert config.final_norm["op"] == op
+    assert config.final_norm["eps"] == 1e-5
+    assert config.residuals[0]["attn"]["pre"]["op"] == "tapernorm"
+
+
+def test_an_unknown_final_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tapernorm\.final is 'none'; expected 'keep' or 'taper'"):
+        NormSpec.parse({"op": "tapernorm", "final": "none"}).at("attn", 64)
