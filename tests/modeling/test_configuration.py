@@ -41,7 +41,11 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "init": ("scaled", "changes"),
     "residuals": ([{"attn": {}, "mlp": {}}] * 4, "raises"),
     "final_norm": ({"op": "rmsnorm", "eps": 1e-3}, "raises"),
+    "logits": ({"op": "gain"}, "raises"),
+    "streams": ({"scale": 2.0}, "raises"),
     "wiring": ("0" * 16, "raises"),
+    "weights": ("weight_norm", "changes"),
+    "parametrization": ({"name": "mup", "base_width": 16}, "raises"),
 }
 
 # Field -> another value, and why the model does not depend on it.

@@ -2,13 +2,24 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from schemes import TOLERANCE
 
 from llmnorm.modeling.operations import OPERATIONS
-from llmnorm.modeling.residual import NormSpec, Residual, ResidualSpec, build_slot, constant
+from llmnorm.modeling.residual import (
+    RESIDUALS,
+    NormSpec,
+    Residual,
+    ResidualSpec,
+    build_residual,
+    build_slot,
+    constant,
+    parse_layer,
+    register_residual,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -19,6 +30,9 @@ SLOTS = ("entry", "pre", "post", "skip", "out")
 def features(seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, DIM, generator=generator, dtype=torch.float64)
+
+
+BLOCK = features(77)  # the block's input, which an ordinary joint does not look at
 
 
 def branch(x: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
@@ -37,10 +51,17 @@ def gained(*slots: str) -> tuple[Residual, dict[str, torch.Tensor]]:
     return residual, gains
 
 
-def by_hand(x: torch.Tensor, gains: dict[str, torch.Tensor], factor: float = 1.0) -> torch.Tensor:
+def by_hand(
+    x: torch.Tensor,
+    gains: dict[str, torch.Tensor],
+    factor: float = 1.0,
+    read: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
     g = {slot: gains.get(slot, torch.ones(DIM).double()) for slot in SLOTS}
     s = g["entry"] * x
-    return g["out"] * (g["skip"] * s + g["post"] * branch(g["pre"] * s, factor=factor))
+    read, skipped = (s if other is None else other for other in (read, skipped))
+    return g["out"] * (g["skip"] * skipped + g["post"] * branch(g["pre"] * read, factor=factor))
 
 
 @pytest.mark.parametrize("slots", [(), *[(slot,) for slot in SLOTS], *pairwise(SLOTS), SLOTS])
@@ -49,7 +70,8 @@ def test_the_stream_follows_the_written_formula_with_a_gain_in_every_slot(
 ) -> None:
     residual, gains = gained(*slots)
     x = features()
-    torch.testing.assert_close(residual(x, branch), by_hand(x, gains), **TOLERANCE[torch.float64])
+    found = residual(x, BLOCK, branch)
+    torch.testing.assert_close(found, by_hand(x, gains), **TOLERANCE[torch.float64])
 
 
 def test_gradients_follow_the_written_formula() -> None:
@@ -58,7 +80,8 @@ def test_gradients_follow_the_written_formula() -> None:
     leaves = {slot: gain.clone().requires_grad_() for slot, gain in gains.items()}
     weight = features(5)
     found = torch.autograd.grad(
-        (residual(x, branch) * weight).sum(), [x, *[getattr(residual, s).weight for s in SLOTS]]
+        (residual(x, BLOCK, branch) * weight).sum(),
+        [x, *[getattr(residual, s).weight for s in SLOTS]],
     )
     wanted = torch.autograd.grad(
         (by_hand(x, leaves) * weight).sum(), [x, *[leaves[s] for s in SLOTS]]
@@ -72,13 +95,30 @@ def test_the_skip_carries_the_entry_and_not_the_raw_stream() -> None:
     residual = Residual(ResidualSpec(entry=NormSpec.parse("rmsnorm")), DIM).double()
     x = features()
     s = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(residual(x, branch), s + branch(s), **TOLERANCE[torch.float64])
+    found = residual(x, BLOCK, branch)
+    torch.testing.assert_close(found, s + branch(s), **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("skips", ["stream", "block"])
+@pytest.mark.parametrize("reads", ["stream", "block"])
+def test_the_branch_reads_and_the_skip_carries_the_stream_or_the_blocks_input(
+    reads: str, skips: str
+) -> None:
+    _, gains = gained(*SLOTS)
+    slots = {slot: NormSpec(op="gain", options={}) for slot in SLOTS}
+    residual = Residual(ResidualSpec(**slots, reads=reads, skips=skips), DIM).double()
+    for slot, gain in gains.items():
+        getattr(residual, slot).weight.data = gain.clone()
+    x = features()
+    other = {"stream": None, "block": BLOCK}
+    wanted = by_hand(x, gains, read=other[reads], skipped=other[skips])
+    torch.testing.assert_close(residual(x, BLOCK, branch), wanted, **TOLERANCE[torch.float64])
 
 
 def test_arguments_of_the_branch_pass_through() -> None:
     residual, gains = gained("pre")
     x = features()
-    torch.testing.assert_close(residual(x, branch, factor=0.3), by_hand(x, gains, 0.3))
+    torch.testing.assert_close(residual(x, BLOCK, branch, factor=0.3), by_hand(x, gains, 0.3))
 
 
 def test_empty_slots_are_identities_without_parameters() -> None:
@@ -118,6 +158,105 @@ def test_an_unknown_operation_is_refused_when_the_spec_is_read() -> None:
         NormSpec.parse({"op": "rmsnorm", "per_head": "yes"})
 
 
+def test_words_survive_a_round_trip_and_their_defaults_are_left_out() -> None:
+    spec = ResidualSpec(reads="block", skips="block", module="lerp")
+    assert spec.to_dict() == {"reads": "block", "skips": "block", "module": "lerp"}
+    assert ResidualSpec.parse(spec.to_dict()) == spec
+    assert ResidualSpec().to_dict() == {}
+    shared = NormSpec.parse({"op": "gain", "shared": True})
+    assert NormSpec.parse(shared.to_dict()) == shared
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reads": "input"}, "reads is 'input'; expected stream or block"),
+        ({"skips": None}, "skips is None; expected stream or block"),
+        ({"module": "residul"}, "unknown residual module 'residul'; known: lerp, residual"),
+        ({"gate": {"op": "gain", "shared": True}}, "slot gate cannot be shared"),
+        ({"q_rotated": {"op": "rmsnorm", "per_head": True}}, "per_head is for slots q, k and v"),
+        ({"pre": {"op": "gain", "shared": "yes"}}, "shared is 'yes'; expected true or false"),
+    ],
+)
+def test_words_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResidualSpec.parse(given)
+
+
+GAIN = {"op": "gain"}
+
+
+@pytest.mark.parametrize(
+    ("attn", "mlp", "message"),
+    [
+        ({}, {"k_rotated": GAIN}, "slot k_rotated is attention's; an mlp has none"),
+        ({"gate": GAIN}, {}, "slot gate is the mlp's; attention has none"),
+        ({"up": GAIN}, {}, "slot up is the mlp's"),
+        ({"post": {"op": "gain", "shared": True}}, {}, "attention's slot post is shared"),
+        ({}, {"post": {"op": "gain", "shared": True}}, "attention's holds another norm"),
+        ({"pre": GAIN}, {"post": {"op": "gain", "shared": True}}, "attention's holds another"),
+        ({"post": GAIN}, {"post": {"op": "rmsnorm", "shared": True}}, "holds another norm"),
+    ],
+)
+def test_a_layer_whose_sublayers_do_not_fit_is_refused(
+    attn: dict[str, Any], mlp: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layer({"attn": attn, "mlp": mlp})
+
+
+# --- joints that are more than slots ----------------------------------------------------------
+
+
+def filled(module: str, *slots: str) -> tuple[Residual, list[torch.Tensor]]:
+    """A residual of a kind with a random gain in each slot, and those gains."""
+    spec = ResidualSpec(module=module, **dict.fromkeys(slots, NormSpec.parse("gain")))
+    residual = build_residual(spec, DIM).double()
+    gains = [features(seed + 10)[0, 0] for seed in range(len(slots))]
+    for slot, gain in zip(slots, gains, strict=True):
+        getattr(residual, slot).weight.data = gain.clone()
+    return residual, gains
+
+
+def test_lerp_steps_from_the_stream_towards_the_branch() -> None:
+    residual, (entry, pre, post, first, out) = filled(
+        "lerp", "entry", "pre", "post", "first", "out"
+    )
+    x = features()
+    s = entry * x
+    wanted = out * (s + first * (post * branch(pre * s) - s))
+    torch.testing.assert_close(residual(x, BLOCK, branch), wanted, **TOLERANCE[torch.float64])
+
+
+def test_residual_dual_adds_the_branch_to_both_streams() -> None:
+    residual, (pre, skip, post, out, second) = filled(
+        "residual_dual", "pre", "skip", "post", "out", "second"
+    )
+    p, r = features(1), features(2)
+    f = branch(pre * p)
+    wanted = torch.stack((out * (skip * p + post * f), r + second * f))
+    found = residual(torch.stack((p, r)), BLOCK, branch)
+    torch.testing.assert_close(found, wanted, **TOLERANCE[torch.float64])
+
+
+def test_siamese_reads_both_streams_and_normalizes_one() -> None:
+    residual, (entry, first, second, pre, skip, post, out) = filled(
+        "siamese", "entry", "first", "second", "pre", "skip", "post", "out"
+    )
+    p, r = features(1), features(2)
+    s = entry * p
+    f = branch(pre * (first * s + second * r))
+    wanted = torch.stack((out * (skip * s + post * f), r + f))
+    found = residual(torch.stack((p, r)), BLOCK, branch)
+    torch.testing.assert_close(found, wanted, **TOLERANCE[torch.float64])
+
+
+def test_a_residual_module_is_registered_under_one_name_once() -> None:
+    with pytest.raises(ValueError, match="'lerp' is already registered by Lerp"):
+        register_residual("lerp")(type("Other", (Residual,), {}))
+    assert RESIDUALS["residual"] is Residual
+
+
 def test_scaling_twice_multiplies_and_leaves_the_first_spec_alone() -> None:
     spec = NormSpec.parse({"op": "rmsnorm", "scale": 3.0})
     assert spec.scaled(0.5).scaled(0.5).options["scale"] == 0.75
@@ -126,9 +265,9 @@ def test_scaling_twice_multiplies_and_leaves_the_first_spec_alone() -> None:
 
 
 def test_every_registered_operation_can_fill_a_slot() -> None:
-    options = {"constant": {"value": 0.5}, "head_gain": {"heads": 2}}
+    options = {"constant": {"value": 0.5}, "head_gain": {"heads": 2}, "prmsnorm": {"p": 0.5}}
     for name in OPERATIONS:
         spec = NormSpec(op=name, options=options.get(name, {}))
         residual = Residual(ResidualSpec(post=spec), DIM).double()
         x = features()
-        torch.testing.assert_close(residual(x, branch), x + residual.post(branch(x)))
+        torch.testing.assert_close(residual(x, BLOCK, branch), x + residual.post(branch(x)))
