@@ -55,24 +55,34 @@ def rope(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def attention(layer: nn.Module, inner: Function = same) -> Function:
-    """Causal grouped-query attention of SHAPE, `inner` before the output projection."""
+def attention(
+    layer: nn.Module,
+    inner: Function = same,
+    *,
+    q: Function = same,
+    k: Function = same,
+    v: Function = same,
+) -> Function:
+    """Causal grouped-query attention of SHAPE, `inner` before the output projection.
+
+    `q`, `k` and `v` act on (batch, seq, heads, head_dim), before RoPE.
+    """
     heads, groups = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
     head_dim = SHAPE["hidden_size"] // heads
 
     def attend(x: torch.Tensor) -> torch.Tensor:
         batch, seq, _ = x.shape
         part = layer.self_attn
-        q = rope(linear(x, part.q_proj.weight).view(batch, seq, heads, head_dim))
-        k = rope(linear(x, part.k_proj.weight).view(batch, seq, groups, head_dim))
-        v = linear(x, part.v_proj.weight).view(batch, seq, groups, head_dim)
-        context = torch.empty_like(q)
+        query = rope(q(linear(x, part.q_proj.weight).view(batch, seq, heads, head_dim)))
+        key = rope(k(linear(x, part.k_proj.weight).view(batch, seq, groups, head_dim)))
+        value = v(linear(x, part.v_proj.weight).view(batch, seq, groups, head_dim))
+        context = torch.empty_like(query)
         for head in range(heads):
             group = head * groups // heads
-            scores = q[:, :, head] @ k[:, :, group].mT / head_dim**0.5
+            scores = query[:, :, head] @ key[:, :, group].mT / head_dim**0.5
             future = torch.ones(seq, seq).triu(1).bool()
             weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-            context[:, :, head] = weights @ v[:, :, group]
+            context[:, :, head] = weights @ value[:, :, group]
         return linear(inner(context.flatten(2)), part.o_proj.weight)
 
     return attend

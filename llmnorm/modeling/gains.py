@@ -1,7 +1,10 @@
 """The gains: multiplication by a constant or by learned numbers, without any statistic."""
 
+import math
+
 import torch
 from torch import nn
+from torch.nn.functional import silu
 from transformers import initialization as init
 
 from .operations import register_gain
@@ -66,6 +69,90 @@ class HeadGain(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y_head = self.weight[:, None] * x.unflatten(-1, (self.heads, -1))
         return y_head.flatten(-2).to(x.dtype)
+
+
+@register_gain("gpas")
+class GPASGate(nn.Module):
+    r"""Shrink the stream by a learned factor that its gradient does not see.
+
+        y = scale * (x - silu(gate) * stop_gradient(x))
+
+    The value is scale * (1 - silu(gate)) * x, the gradient with respect to x only `scale`; that of
+    the gate is -scale * silu'(gate) * <dy, x>. Beyond gate 1.278 the factor is negative.
+
+    Shape: x and y are (..., dim); gate is (1,), initially 0, where y = scale * x.
+
+    Args:
+        dim: size of the feature axis; any.
+        scale: constant multiplier.
+
+    Source: Chen et al., "GPAS: Accelerating Convergence of LLM Pretraining via
+    Gradient-Preserving Activation Scaling", NeurIPS 2025, arXiv:2506.22049.
+    """
+
+    def __init__(self, dim: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = float(scale)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.gate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.scale * (x - silu(self.gate) * x.detach())).to(x.dtype)
+
+
+@register_gain("scalar_gain")
+class ScalarGain(nn.Module):
+    """Multiply all features by one learned number: y = weight * x; weight is (1,).
+
+    Args:
+        dim: size of the feature axis; any.
+        value: where the number starts.
+    """
+
+    def __init__(self, dim: int, *, value: float = 1.0) -> None:
+        super().__init__()
+        self.value = float(value)
+        self.weight = nn.Parameter(torch.full((1,), self.value))
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, self.value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x).to(x.dtype)
+
+
+@register_gain("scalar_bias")
+class ScalarBias(nn.Module):
+    """Add one learned number to all features: y = x + bias; bias is (1,), initially 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.bias).to(x.dtype)
+
+
+@register_gain("profiled_gain")
+class ProfiledGain(Gain):
+    """A `gain` whose start is measured on the scheme's own initial model (Admin).
+
+    `llmnorm.calibration` measures `value`. Until then the weight is NaN, so that a model made
+    without it neither trains nor passes the self test.
+
+    Raises:
+        ValueError: if ``value < 0``.
+    """
+
+    def __init__(self, dim: int, *, value: float = 0.0) -> None:
+        if value < 0:
+            raise ValueError(f"profiled_gain.value is {value!r}; expected above 0, or 0: unmeasured")
+        super().__init__(dim, value=value or math.nan)
 
 
 class EmbeddingScale(nn.Module):
