@@ -12,12 +12,12 @@ from .residual import Residual, register_residual
 class Lerp(Residual):
     r"""Interpolate between the stream and the branch, feature by feature.
 
-        s = entry(x);  y = out( s + first( post(branch(pre(s))) - s ) )
+        s = entry(x);  c = skip(s);  y = out( c + first( post(branch(pre(s))) - c ) )
 
-    With `first` a learned rate and `post`, `out` the projection to the unit sphere this is nGPT's
-    update.
+    where the spec may let `pre` or `skip` take the block's input in place of s. With `first` a
+    learned rate and `post`, `out` the projection to the unit sphere this is nGPT's update.
 
-    Shape: x and y are (batch, seq, hidden).
+    Shape: x, block_input and y are (batch, seq, hidden).
 
     Source: Loshchilov et al., "nGPT", 2024, arXiv:2410.01131, equations 10 and 11.
     """
@@ -29,5 +29,7 @@ class Lerp(Residual):
         branch: Callable[..., torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
-        s = self.entry(x)
-        return self.out(s + self.first(self.post(branch(self.pre(s), **kwargs)) - s))
+        s = (self.entry(x), block_input)
+        carried = self.skip(s[self.skips])
+        target = self.post(branch(self.pre(s[self.reads]), **kwargs))
+        return self.out(carried + self.first(target - carried))

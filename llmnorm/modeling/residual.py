@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from .gains import Constant  # noqa: F401 (enters the gains in the table)
+from .ngpt import NGPTGain  # noqa: F401 (enters the gains of nGPT in the table)
 from .norms import RMSNorm  # noqa: F401 (enters the norms in the table)
 from .operations import check_kind, check_options, operation, options_at, read_choice
 

@@ -17,7 +17,7 @@ def compare_stack(case: Case, stack: Stack) -> None:
     inputs = _inputs(case, data)
     outcome = run(stack, stack.model(case.dtype), reference, inputs)
     tolerances = case.manifest.content["tolerance"]
-    kind = "y" if stack.time_first else "logits"
+    kind = stack.output
     recorded = f"{case.prefix}{kind}.{case.variant}"
     # Families store outputs in float64 alone; other precisions are held to them.
     output = data.get(recorded, data[f"{case.prefix}{kind}.f64"])
@@ -25,9 +25,10 @@ def compare_stack(case: Case, stack: Stack) -> None:
     loss = data[f"{case.prefix}loss.{case.variant}"]
     assert_equal("loss", outcome.loss[None], loss, tolerances[case.variant])
     if case.variant == "f64":
-        for name, number in matching(set(data), f"{case.prefix}hidden.", ".f64"):
-            after = int(number) * stack.blocks_per_layer
-            assert_equal(name, outcome.hidden[after], data[name], tolerances["f64"])
+        for stream, states in (("hidden", outcome.hidden), ("hidden_y", outcome.hidden_y)):
+            for name, number in matching(set(data), f"{case.prefix}{stream}.", ".f64"):
+                after = int(number) * stack.blocks_per_layer
+                assert_equal(name, states[after], data[name], tolerances["f64"])
         compare_gradients(case, outcome, reference, inputs, tolerances["grad"])
 
 

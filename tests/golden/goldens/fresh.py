@@ -260,6 +260,31 @@ def _hybridnorm(case: Case, shape: Mapping[str, int]) -> Fresh:
     return Fresh(stack=stack, deviations=(head,))
 
 
+def _ngpt(case: Case, shape: Mapping[str, int]) -> Fresh:
+    """Unit rows from the start; the baseline's output projections are divided by sqrt(2L)."""
+    given = dict(case.fields["config"])
+    normalized = given.pop("after_normalize_matrices")
+    config = {
+        "vocab_size": shape["V"],
+        "n_embd": shape["d"],
+        "n_head": shape["h"],
+        "n_layer": shape["L"],
+        "ffn": case.fields["params"]["transformer.h.0.mlp_c_proj.weight"]["shape"][1],
+        **given,
+    }
+    if not given["use_nGPT"]:
+        return Fresh(stack=_adapt(case, "ngpt", config, init="scaled"))
+    stack = _adapt(case, "ngpt", config)
+    if normalized:
+        return Fresh(stack=stack)
+    outputs = Deviation(
+        pattern=r"\.(o_proj|down_proj)\.weight$",
+        value=lambda weight: weight.shape[0] ** -0.5,
+        why="recorded before the first normalization, which undoes this code's 1/sqrt(2L)",
+    )
+    return Fresh(stack=stack, deviations=(outputs,))
+
+
 _FAMILIES: dict[str, Callable[[Case, Mapping[str, int]], Fresh]] = {
     "hf_": _hf,
     "mixln_": _mixln,
@@ -267,4 +292,5 @@ _FAMILIES: dict[str, Callable[[Case, Mapping[str, int]], Fresh]] = {
     "dyt_llama": _dyt_llama,
     "derf_gpt2": _derf_gpt2,
     "hybridnorm": _hybridnorm,
+    "ngpt": _ngpt,
 }

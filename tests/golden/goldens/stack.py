@@ -37,18 +37,48 @@ class Stack:
     """Blocks that the manifest's `hidden.I` counts as one layer."""
     time_first: bool = False
     """Hidden states (time, batch, width) in and out: no embedding, an identity as head."""
+    blocks_only: bool = False
+    """Hidden states in, the state after the last block out; attention sees all positions."""
+    position: Callable[..., Any] | None = None
+    """What the reference does to queries and keys in place of RoPE, where that is no rotation."""
+
+    @property
+    def output(self) -> str:
+        """What the manifest calls the recorded output."""
+        return "y" if self.time_first or self.blocks_only else "logits"
 
     def model(self, dtype: torch.dtype) -> LlmNormForCausalLM:
-        return build_model(self.config).to(dtype).eval()
+        model = build_model(self.config).to(dtype).eval()
+        if self.position is not None:
+            for layer in model.model.layers:
+                layer.self_attn.position = self.position
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one forward gave; `hidden[i]` is the stream after i layers, before the final norm."""
+    """What one forward gave; `hidden[i]` is the stream after i layers, before the final norm.
+
+    Of two streams it is the first, `hidden_y[i]` the second.
+    """
 
     output: Tensor
     loss: Tensor
     hidden: dict[int, Tensor]
+    hidden_y: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, stack: Stack, output: Tensor, loss: Tensor, states: dict[int, Tensor]) -> "Outcome":
+        """The outcome with the states of one or two streams, as the layers gave them."""
+        if stack.time_first:
+            states = {i: state.transpose(-3, -2) for i, state in states.items()}
+        pairs = {i: (h[0], h[1]) if h.ndim == 4 else (h, h) for i, h in states.items()}
+        return cls(
+            output=output,
+            loss=loss,
+            hidden={i: pair[0] for i, pair in pairs.items()},
+            hidden_y={i: pair[1] for i, pair in pairs.items()},
+        )
 
 
 def rewire(
@@ -109,19 +139,31 @@ def run_state(
     hooks = [_watch_input(model.model.layers[0], hidden)]
     hooks += [_watch_output(layer, hidden, i) for i, layer in enumerate(model.model.layers, 1)]
     try:
-        arguments = _arguments(stack, state, reference, inputs)
-        logits = functional_call(model, dict(state), (), arguments, strict=True).logits
+        if stack.blocks_only:
+            output = _through_blocks(model, state, inputs["x"])
+        else:
+            arguments = _arguments(stack, state, reference, inputs)
+            output = functional_call(model, dict(state), (), arguments, strict=True).logits
     finally:
         for hook in hooks:
             hook.remove()
-    if stack.time_first:
-        hidden = {i: value.transpose(0, 1) for i, value in hidden.items()}
-        output = logits.transpose(0, 1)
-        return Outcome(output=output, loss=(output * inputs["dy"]).sum(), hidden=hidden)
+    if stack.output == "y":
+        output = output.transpose(0, 1) if stack.time_first else output
+        return Outcome.of(stack, output, (output * inputs["dy"]).sum(), hidden)
     if stack.head_bias is not None:
-        logits = logits + reference[stack.head_bias]
-    loss = causal_lm_loss(logits, inputs["input_ids"])
-    return Outcome(output=logits, loss=loss, hidden=hidden)
+        output = output + reference[stack.head_bias]
+    return Outcome.of(stack, output, causal_lm_loss(output, inputs["input_ids"]), hidden)
+
+
+def _through_blocks(model: LlmNormForCausalLM, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The state after the last block, without a causal mask and without positions."""
+    h, everywhere = model.model.streams.open(x), x.new_zeros(1, 1, 1, 1)
+    for i, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{i}."
+        own = {name.removeprefix(prefix): v for name, v in state.items() if prefix in name}
+        kwargs = {"rotary": None, "attention_mask": everywhere.expand(1, 1, x.shape[1], x.shape[1])}
+        h = functional_call(layer, own, (h,), kwargs, strict=True)
+    return h
 
 
 def _arguments(

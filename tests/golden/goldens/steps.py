@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmnorm.modeling.weights import unit_dim
 from llmnorm.training.optimizer import make_optimizer, parameter_groups
 
 from .cases import Case, NotImplementedCaseError, assert_equal, matching
@@ -68,6 +69,17 @@ def take_step(
         optimizer.step()
 
 
+@torch.no_grad()
+def renormalize(weights: Mapping[str, Tensor]) -> None:
+    """Bring the reference's matrices back to unit length, as nGPT's code does after each step.
+
+    Rows of what reads the stream or is looked up, columns of what writes to it.
+    """
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            weight /= weight.norm(dim=0 if "c_proj" in name else 1, keepdim=True)
+
+
 def compare_official_steps(case: Case, stack: Stack) -> None:
     """Train the reference's own tensors, through our model, in the manifest's groups."""
     data, tolerance = case.manifest.tensors(), case.manifest.content["tolerance"]
@@ -77,6 +89,11 @@ def compare_official_steps(case: Case, stack: Stack) -> None:
         batch = {"input_ids": data[f"batch.{number}.input_ids"]}
         loss = run(stack, model, weights, batch).loss
         take_step(case, number, loss, weights.values(), [optimizer])
+        before = f"{case.name}/w{number}_before_renorm."
+        for key, name in matching(set(data), before, ".f64"):
+            assert_equal(key, weights[name], data[key], tolerance["weights"])
+        if stack.config.weights == "unit":
+            renormalize(weights)
         for name, weight in weights.items():
             stored = data[f"{case.name}/w{number}.{name}.f64"]
             assert_equal(f"w{number}.{name}", weight, stored, tolerance["weights"])
@@ -112,6 +129,15 @@ class OurRun:
         loss = run_state(self.stack, self.model, state, self.extras, batch).loss
         parameters = [*named.values(), *self.extras.values()]
         take_step(self.case, number, loss, parameters, self.optimizers)
+        if self.stack.config.weights == "unit":
+            self._to_unit_rows()
+
+    @torch.no_grad()
+    def _to_unit_rows(self) -> None:
+        """Our rule of which axis of a matrix is the hidden one."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight /= module.weight.norm(dim=unit_dim(name), keepdim=True)
 
     def compare(self, number: int, expected: Callable[[str, Tensor], Tensor]) -> None:
         """Compare all weights after a step with `expected(our name, the recorded weight)`."""

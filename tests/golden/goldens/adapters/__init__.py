@@ -4,7 +4,18 @@ from collections.abc import Callable
 
 from ..cases import Case, NotImplementedCaseError
 from ..stack import Stack
-from . import derf_gpt2, dyt_llama, hf, hybridnorm, mixln, normformer, prerms, torchscale
+from . import (
+    derf_gpt2,
+    dyt_llama,
+    hf,
+    hybridnorm,
+    mixln,
+    ngpt,
+    normformer,
+    prerms,
+    siamese,
+    torchscale,
+)
 
 ADAPTERS: dict[str, Callable[[Case], Stack]] = {
     "llama": hf.llama,
@@ -20,6 +31,9 @@ ADAPTERS: dict[str, Callable[[Case], Stack]] = {
     "normformer": normformer.adapt,
     "hybridnorm": hybridnorm.adapt,
     "prerms": prerms.adapt,
+    "siamese": siamese.hybrid,
+    "siamese_deit": siamese.deit,
+    "ngpt": ngpt.adapt,
 }
 
 

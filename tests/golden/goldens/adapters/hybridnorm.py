@@ -28,7 +28,7 @@ def adapt(case: Case) -> Stack:
     }
     norm = {"op": "rmsnorm", "eps": switches.take("eps"), "cast": "output"}
     on = {slot: switches.take(name) for slot, name in _QKV.items()}
-    layers = _layer_switches(switches, shape["num_hidden_layers"])
+    layers = layer_switches(switches, shape["num_hidden_layers"])
     switches.done()
     config = _wiring(shape, norm, on, layers, case.overrides)
     rows = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -47,7 +47,7 @@ def adapt(case: Case) -> Stack:
     return Stack(config=config, to_ours=to_ours)
 
 
-def _layer_switches(switches: Switches, depth: int) -> list[dict[str, bool]]:
+def layer_switches(switches: Switches, depth: int) -> list[dict[str, bool]]:
     """Where the norms of each layer stand; `norm_pos_special_config` overrides single layers."""
     common = {
         "attn_norm": switches.take("attn_norm"),

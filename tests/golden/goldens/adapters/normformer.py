@@ -1,4 +1,4 @@
-"""fairseq's decoder layers with NormFormer's switches: hidden states in and out, no final norm."""
+"""fairseq's decoder layers with NormFormer's or ResiDual's switches: hidden states in and out."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ _ACTIVATIONS = {"gelu (exact)": "gelu", "gelu": "gelu", "relu": "relu"}
 
 def adapt(case: Case) -> Stack:
     switches = Switches(case.fields["config"])
-    if switches.take("residual_dual", False):
-        raise NotImplementedCaseError("ResiDual's two streams")
+    dual = switches.take("residual_dual", False)
     activation = switches.take("activation")
     if activation not in _ACTIVATIONS:
         raise NotImplementedCaseError(f"activation={activation!r}")
@@ -39,14 +38,15 @@ def adapt(case: Case) -> Stack:
     scales = {
         name: switches.take(f"scale_{name}", False) for name in ("attn", "fc", "heads", "resids")
     }
+    config = _dual(shape, norm, switches) if dual else _wiring(shape, norm, pre, scales)
     switches.done()
-    config = _wiring(shape, norm, pre, scales)
     head_gain = "inner" in (config.residuals or [])[0]["attn"]
 
     def to_ours(reference: Reference) -> dict[str, Tensor]:
         some = next(iter(reference.values()))
         state = {"model.embed_tokens.weight": some.new_zeros(width, width)}
         state["lm_head.weight"] = torch.eye(width, dtype=some.dtype)
+        state |= copy(reference, {"model.streams.second": "layer_norm"})
         for i in range(config.num_hidden_layers):
             layer = _layer(reference, f"model.layers.{i}", f"layers.{i}", "pre" if pre else "out")
             if head_gain:  # ours stands before the output projection; the reference's is folded
@@ -55,6 +55,17 @@ def adapt(case: Case) -> Stack:
         return state
 
     return Stack(config=config, to_ours=to_ours, time_first=True)
+
+
+def _dual(shape: dict[str, Any], norm: dict[str, Any], switches: Switches) -> LlmNormConfig:
+    """ResiDual's; the eps of its last norm is ours without being asked for."""
+    placement = {
+        "name": "residual_dual",
+        "scale": switches.take("dec_res_input_norm_scale"),
+        "alpha": switches.take("dec_alpha"),
+    }
+    switches.expect("final_layer_norm_eps", 1e-7)
+    return build_config(shape, norm=norm, placement=placement)
 
 
 def _wiring(

@@ -8,13 +8,19 @@ from ..cases import Case, NotImplementedCaseError, Switches
 from ..stack import Reference, Stack
 from .mapping import add_positions, copy, qkv, split
 
-_OPS = {"pre-ln": "layernorm", "pre-customized-ln": "layernorm", "pre-rms": "rmsnorm"}
+_PLAIN = {"elementwise_affine": False}
+_NORMS = {
+    "pre-ln": {"op": "layernorm", **_PLAIN},
+    "pre-customized-ln": {"op": "layernorm", **_PLAIN},
+    "pre-rms": {"op": "rmsnorm", **_PLAIN},
+    "pre-crms-same-dim": {"op": "crmsnorm"},
+}
 
 
 def adapt(case: Case) -> Stack:
     switches = Switches(case.fields["config"])
     method, recentred = switches.take("method"), switches.take("pre_rms_training", False)
-    if method not in _OPS:
+    if method not in _NORMS:
         raise NotImplementedCaseError(f"method={method!r}")
     shape = {
         "vocab_size": switches.take("vocab_size"),
@@ -28,7 +34,7 @@ def adapt(case: Case) -> Stack:
         "hidden_act": "gelu",
         "position": "none",
     }
-    norm = {"op": _OPS[method], "eps": switches.take("eps"), "elementwise_affine": False}
+    norm = {**_NORMS[method], "eps": switches.take("eps")}
     switches.done()
     config = build_config(shape, norm=norm, placement="pre_ln", embedding="raw", **case.overrides)
 
