@@ -31,7 +31,7 @@ _COMMANDS = {
     "eval": ("llmnorm.evaluation.command", "score a model: perplexity, lm-eval tasks"),
     "generate": ("llmnorm.evaluation.commands.generate", "continue a text with a model"),
     "compare": ("llmnorm.evaluation.commands.compare", "compare runs: table, picture"),
-    "list": ("llmnorm.listing", "show the norms, placements or presets there are"),
+    "list": ("llmnorm.listing", "show the schemes, norms, placements or presets there are"),
     "validate": ("llmnorm.config.command", "check a run file without training"),
 }
 

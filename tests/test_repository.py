@@ -35,6 +35,8 @@ LAYERS = {
     "": 5,  # llmnorm/__init__.py, the public API
     "config": 6,
     "data": 6,
+    "drawing": 6,
+    "recipes": 6,
     "evaluation": 7,
     "training": 8,
     "listing": 9,

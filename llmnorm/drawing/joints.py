@@ -1,0 +1,161 @@
+"""How a branch joins the stream, drawn: one function for each residual module."""
+
+from collections.abc import Callable, Sequence
+
+from llmnorm.modeling.residual import ResidualSpec
+
+from .canvas import Canvas, Cell, Row, slot_cell
+
+BRANCH = 186  # distance of the branch from the stream
+SECOND = 370  # distance of the second stream
+STREAM_BOX, BRANCH_BOX, LEVEL_BOX = (
+    100,
+    192,
+    76,
+)  # widths of boxes on the stream, branch, level line
+FRAME = 216
+_RAILS = (-58.0, BRANCH + FRAME / 2 + 10)  # where the block's input passes on the left and right
+
+
+def joint(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """Draw a sublayer from y upward, stream at x = 0; returns the top of the stream.
+
+    Args:
+        canvas: where to draw.
+        spec: the slots.
+        inside: rows of the sublayer itself, from its input up.
+        y: where the stream comes in.
+        block: where the block's input is.
+    """
+    return JOINTS.get(spec.module, _unknown)(canvas, spec, inside, y, block)
+
+
+def _residual(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """y = out(skip(.) + post(branch(pre(.)))) of the stream or the block's input."""
+    y = _on_stream(canvas, slot_cell(spec.entry), y)
+    fork = carried = y - 12
+    canvas.line((0, y), (0, fork))
+    if spec.reads == "block":
+        right = _RAILS[1]
+        canvas.dot(0, block)
+        canvas.line((0, block), (right, block), (right, fork), (BRANCH, fork))
+    else:
+        canvas.dot(0, fork)
+        canvas.line((0, fork), (BRANCH, fork))
+    if spec.skips == "block":
+        left, carried = _RAILS[0], fork - 14
+        canvas.dot(0, block)
+        canvas.line((0, block), (left, block), (left, carried), (0, carried))
+    top = _branch(canvas, spec, inside, fork)
+    top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
+    join = top - 14
+    canvas.line((BRANCH, top), (BRANCH, join), (11, join), arrow=True)
+    canvas.through(slot_cell(spec.skip), (0, carried), (0, join + 11), STREAM_BOX)
+    canvas.plus(0, join)
+    return _on_stream(canvas, slot_cell(spec.out), join - 10)
+
+
+def _lerp(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """y = out(s + first(post(branch(pre(s))) - s))."""
+    y = _on_stream(canvas, slot_cell(spec.entry), y)
+    fork = y - 12
+    canvas.line((0, y), (0, fork), (BRANCH, fork))
+    canvas.dot(0, fork)
+    top = _branch(canvas, spec, inside, fork)
+    top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
+    rate = slot_cell(spec.first)
+    step = Cell(words="s + a (f \u2212 s)", small=f"a: {rate.words if rate else 1}", css="gain")
+    join = top - 24
+    canvas.line((BRANCH, top), (BRANCH, join), (STREAM_BOX / 2, join), arrow=True)
+    canvas.line((0, fork), (0, join + step.height / 2), arrow=True)
+    canvas.cell(0, join - step.height / 2, step, STREAM_BOX)
+    return _on_stream(canvas, slot_cell(spec.out), join - step.height / 2)
+
+
+def _dual(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """x' = out(skip(x) + post(f)), y' = y + second(f), f = branch(pre(x))."""
+    fork = y - 12
+    canvas.line((0, y), (0, fork), (BRANCH, fork))
+    canvas.dot(0, fork)
+    top = _branch(canvas, spec, inside, fork)
+    return _join_both(canvas, spec, y, fork, top)
+
+
+def _siamese(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """x' = out(skip(s) + post(f)), y' = y + f, f = branch(pre(first(s) + second(y)))."""
+    below = y
+    y = _on_stream(canvas, slot_cell(spec.entry), y)
+    fork = y - 24
+    canvas.line((0, y), (0, fork))
+    canvas.line((SECOND, below), (SECOND, fork))
+    canvas.dot(0, fork)
+    canvas.dot(SECOND, fork)
+    canvas.through(slot_cell(spec.first), (0, fork), (BRANCH - 11, fork), LEVEL_BOX)
+    canvas.through(slot_cell(spec.second), (SECOND, fork), (BRANCH + 11, fork), LEVEL_BOX)
+    canvas.plus(BRANCH, fork)
+    top = _branch(canvas, spec, inside, fork - 10)
+    return _join_both(canvas, spec, fork, fork, top, second=False)
+
+
+def _unknown(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """A module of which only the name is known."""
+    return _on_stream(canvas, Cell(words=spec.module, small="see its code"), y)
+
+
+JOINTS: dict[str, Callable[[Canvas, ResidualSpec, Sequence[Row], float, float], float]] = {
+    "residual": _residual,
+    "lerp": _lerp,
+    "residual_dual": _dual,
+    "siamese": _siamese,
+}
+
+
+def _branch(canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float) -> float:
+    """What stands before the sublayer, and the sublayer: one box, or a frame around its rows."""
+    y = canvas.upward(BRANCH, y, [[slot_cell(spec.pre)]], BRANCH_BOX)
+    if len(inside) == 1:
+        return canvas.upward(BRANCH, y, inside, BRANCH_BOX, extra=10)
+    rows = Canvas()
+    top = rows.upward(BRANCH, y - 14, inside, BRANCH_BOX)
+    canvas.box(BRANCH, top - 10, FRAME, y - 14 - top + 10, "frame")
+    canvas.line((BRANCH, y), (BRANCH, y - 14))
+    canvas.elements += rows.elements
+    canvas.line((BRANCH, top), (BRANCH, top - 10))
+    return top - 10
+
+
+def _on_stream(canvas: Canvas, cell: Cell | None, y: float) -> float:
+    """A box on the stream above y, if there is one."""
+    return canvas.upward(0, y, [[cell]], STREAM_BOX)
+
+
+def _join_both(
+    canvas: Canvas, spec: ResidualSpec, y: float, fork: float, top: float, second: bool = True
+) -> float:
+    """Bring a branch that ends at `top` to the first stream on its left and the second on its
+    right."""
+    join = top - 24
+    canvas.line((BRANCH, top), (BRANCH, join))
+    canvas.dot(BRANCH, join)
+    canvas.through(slot_cell(spec.post), (BRANCH, join), (11, join), LEVEL_BOX)
+    carried = spec.second if second else None
+    canvas.through(slot_cell(carried), (BRANCH, join), (SECOND - 11, join), LEVEL_BOX)
+    canvas.through(slot_cell(spec.skip), (0, fork), (0, join + 11), STREAM_BOX)
+    canvas.line((SECOND, y), (SECOND, join + 11), arrow=True)
+    canvas.plus(0, join)
+    canvas.plus(SECOND, join)
+    end = _on_stream(canvas, slot_cell(spec.out), join - 10)
+    canvas.line((SECOND, join - 10), (SECOND, end))
+    return end
