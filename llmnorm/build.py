@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llmnorm.calibration import calibrated
 from llmnorm.errors import ConfigError
 from llmnorm.modeling.configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from llmnorm.modeling.initialization import InitSpec
@@ -78,11 +79,14 @@ def build_config(
 def build_model(config: LlmNormConfig, *, seed: int = 0) -> LlmNormForCausalLM:
     """A fresh float32 model whose weights are a function of (seed, parameter name).
 
+    Its config is the given one, but for starts that the scheme measures (`calibration.py`).
+
     Raises:
         ConfigError: if the config's wiring cannot be.
         SelfTestError: if the model breaks a promise of its scheme.
     """
     try:
+        config = calibrated(config)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds GPUs too
             model = LlmNormForCausalLM(config)

@@ -151,7 +151,9 @@ class ProfiledGain(Gain):
 
     def __init__(self, dim: int, *, value: float = 0.0) -> None:
         if value < 0:
-            raise ValueError(f"profiled_gain.value is {value!r}; expected above 0, or 0: unmeasured")
+            raise ValueError(
+                f"profiled_gain.value is {value!r}; expected above 0, or 0: unmeasured"
+            )
         super().__init__(dim, value=value or math.nan)
 
 

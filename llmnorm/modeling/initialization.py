@@ -79,8 +79,9 @@ def sdd(m: Matrix) -> float:
 def fixup(m: Matrix) -> float:
     """Last matrix of a branch 0, the others times n^(-1/(2 m - 2)); n branches of m = 2 matrices.
 
-    Zhang et al., "Fixup Initialization", 2019, from memory; m counts the matrices in sequence, v
-    and o in attention, up (beside gate) and down in the mlp.
+    Zhang et al., "Fixup Initialization", 2019, arXiv:1901.09321, from memory, where the head starts
+    at 0 too; here it does not. n is 2 L and m counts the matrices in sequence, v and o in
+    attention, up (beside gate) and down in the mlp: our reading.
     """
     if m.name in _OUTPUT_PROJECTIONS:
         return 0.0
@@ -129,8 +130,9 @@ class InitSpec:
 def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> float:
     """Std that the config's policy asks of a matrix, by its name in the causal model.
 
-    Under muP matrices inside the blocks are divided by sqrt(m_d); where `weights` is `unit`, rows
-    of length 1 leave 1/sqrt(row length) whatever the policy.
+    Under muP matrices inside the blocks start from initializer_range / sqrt(m_d), while policies
+    made of the width (Xavier, small, sdd) shrink by themselves; where `weights` is `unit`, rows of
+    length 1 leave 1/sqrt(row length) whatever the policy.
 
     Args:
         name: module name such as `model.layers.3.mlp.down_proj`, `model.embed_tokens`, `lm_head`.
@@ -145,6 +147,7 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
     parts = name.split(".")
     if "layers" not in parts:
         return config.initializer_range
+    ratio = Parametrization.parse(config.parametrization).width_ratio(config.hidden_size)
     matrix = Matrix(
         name=parts[-1],
         number=int(parts[parts.index("layers") + 1]) + 1,
@@ -152,20 +155,30 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
         hidden_size=config.hidden_size,
         fan_in=module.in_features,
         fan_out=module.out_features,
-        initializer_range=config.initializer_range,
+        initializer_range=config.initializer_range / math.sqrt(ratio),
     )
-    ratio = Parametrization.parse(config.parametrization).width_ratio(config.hidden_size)
-    return INIT_POLICIES[spec.policy](matrix) / math.sqrt(ratio)
+    return INIT_POLICIES[spec.policy](matrix)
 
 
 def mark(module: nn.Module, config: Any, prefix: str = "") -> None:
-    """Note on every Linear and Embedding below `module` its name and how it is drawn."""
-    unit = WeightSpec.parse(config.weights).kind == "unit"
+    """Note on every Linear and Embedding below `module` its name and how it is drawn.
+
+    Raises:
+        ValueError: for a matrix that starts at 0 where `weights` needs a length.
+    """
+    kind = WeightSpec.parse(config.weights).kind
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear | nn.Embedding):
+            std = expected_std(name, child, config)
+            if std == 0 and kind in ("weight_norm", "project"):
+                raise ValueError(
+                    f"init {InitSpec.parse(config.init).policy!r} starts {name} at 0, which has no "
+                    f"length for weights {kind!r} to keep; use another init or weights 'plain'"
+                )
             child.init_name = f"{name}.weight"  # type: ignore[assignment]
-            child.init_std = expected_std(name, child, config)  # type: ignore[assignment]
-            child.init_unit_dim = unit_dim(name) if unit else None  # type: ignore[assignment]
+            child.init_std = std  # type: ignore[assignment]
+            unit = unit_dim(name) if kind == "unit" else None
+            child.init_unit_dim = unit  # type: ignore[assignment]
 
 
 def start(module: nn.Linear | nn.Embedding, *, std: float) -> None:

@@ -31,11 +31,13 @@ class WeightSpec:
     """The config field `weights`: a kind's name, or a mapping of `kind` beside its options.
 
     `plain` nothing; `weight_norm` one learned length a row (Salimans and Kingma 2016,
-    arXiv:1602.07868); `unit` every matrix of unit rows along the hidden axis, also after each
-    optimizer step (nGPT, arXiv:2410.01131); `project` every `interval_steps` steps each matrix is
-    brought back to its initial Frobenius norm (normalize-and-project, arXiv:2407.01800); `lawn`
-    after `free_steps` steps the norm of each matrix is frozen (LAWN, Gupta et al. 2021, from
-    memory).
+    arXiv:1602.07868); `unit` every matrix, embedding and head included, of unit rows along the
+    hidden axis, also after each optimizer step (nGPT, arXiv:2410.01131); `project` every
+    `interval_steps` steps each matrix is brought back to its initial Frobenius norm
+    (normalize-and-project, arXiv:2407.01800); `lawn` after `free_steps` steps the norm of each
+    matrix is frozen and its gradient loses the part along it (LAWN, Gupta et al. 2021, from
+    memory). All but `unit` concern the matrices inside the blocks: nothing normalizes what the head
+    writes, so its length is left to learning. That and both defaults are ours.
     """
 
     kind: str = "plain"
@@ -73,7 +75,7 @@ class WeightNormLinear(nn.Linear):
     """A linear layer whose rows have learned lengths: y = length * (V x) / |V| + bias, row by row.
 
     Shape: `weight` is V (out, in), `length` is (out,), initially the rows' lengths, so that the
-    layer starts as the plain one.
+    layer starts as the plain one. The gradient of V is orthogonal to each of its rows.
 
     Source: Salimans and Kingma, "Weight Normalization", 2016, arXiv:1602.07868, equation 2.
     """
@@ -84,15 +86,19 @@ class WeightNormLinear(nn.Linear):
 
     def reset_length(self) -> None:
         """Set the lengths to those of the rows of `weight` as it is."""
-        init.copy_(self.length, self.weight.detach().norm(dim=1))
+        if not self.weight.is_meta:
+            init.copy_(self.length, self.weight.detach().norm(dim=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = self.weight * (self.length / self.weight.norm(dim=1))[:, None]
+        rows = self.weight * (self.length / self.weight.norm(dim=1)).unsqueeze(1)
         return apply_linear(x, rows, self.bias)
 
 
 class UnitRowLinear(nn.Linear):
-    """A head that scores with its rows' directions: y = (W x) / |W|, row by row (FixNorm)."""
+    """A head that scores with its rows' directions: y = (W x) / |W|, row by row.
+
+    Source: Nguyen and Salazar, "Transformers without Tears", 2019, arXiv:1910.05895 (FixNorm).
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return apply_linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
