@@ -30,6 +30,7 @@ LAYERS = {
     "resources": 1,
     "modeling": 2,
     "placements": 3,
+    "calibration": 3,
     "selftest": 4,
     "build": 4,
     "": 5,  # llmnorm/__init__.py, the public API
