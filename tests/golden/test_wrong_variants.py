@@ -13,9 +13,11 @@ from goldens.fresh import compare_fresh, fresh
 from goldens.stack import Stack, rewire
 from goldens.steps import compare_official_steps
 from torch import Tensor
+from torch.nn.functional import silu
 
 from llmnorm import build_config, build_model, self_test
 from llmnorm.errors import ConfigError, SelfTestError
+from llmnorm.modeling.gains import GPASGate
 
 Slots = dict[str, Any]
 
@@ -150,6 +152,32 @@ def test_wrong_gradient_behind_a_right_output_is_found(manifests: list[Manifest]
 
     with pytest.raises(AssertionError, match=r"grad"):
         compare_stack(case, replace(stack, to_ours=to_ours))
+
+
+def test_gradient_through_the_gate_of_gpas_is_found(
+    manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its stop-gradient the outputs are right, but gradients shrink with the stream."""
+    case, stack = first(manifests, placed("gpas"))
+    compare_stack(case, stack)
+    through = lambda gate, x: gate.scale * (1 - silu(gate.gate)) * x  # noqa: E731
+    monkeypatch.setattr(GPASGate, "forward", through)
+    with pytest.raises(AssertionError, match=r"/grad\."):
+        compare_stack(case, stack)
+
+
+def test_hybrid_norm_with_a_raw_skip_around_the_mlp_is_found(manifests: list[Manifest]) -> None:
+    case, stack = first(manifests, placed("hybrid_norm"))
+
+    def to_ours(reference: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n.replace(".entry.", ".pre."): v for n, v in stack.to_ours(reference).items()}
+
+    def raw(i: int, kind: str, slots: Slots) -> Slots:
+        return {"pre": slots["entry"]} if kind == "mlp" else slots
+
+    compare_stack(case, stack)
+    with pytest.raises(AssertionError, match="logits"):
+        compare_stack(case, replace(stack, config=rewire(stack.config, raw), to_ours=to_ours))
 
 
 def damped(manifests: list[Manifest]) -> Iterator[Case]:

@@ -128,11 +128,14 @@ def _mixln(case: Case, shape: Mapping[str, int]) -> Fresh:
     given = dict(case.fields["config"])
     kind = given["norm_type"]
     embedding_std = case.fields["params"]["model.embed_tokens.weight"]["theory"]["std"]
-    policy = {"deeppost": "deepnorm", "scale_pre": "scaled"}.get(kind, "plain")
-    if kind == "scale_pre":  # Pre-LN with the scaled init
-        given["norm_type"] = "pre"
+    policy = {"deeppost": "deepnorm"}.get(kind, "plain")  # deeppost_gpas: plain, by its code's slip
+    if kind in ("scale_pre", "scale_post_pre"):  # Pre-LN or Mix-LN with the scaled init
+        given["norm_type"], policy = kind.removeprefix("scale_"), "scaled"
     init = {"policy": policy, "embedding_std": embedding_std}
-    stack = _adapt(case, "lns_mixln", {**_llama_shape(shape), **given}, init=init)
+    adapter = "gpas" if kind.endswith("_gpas") else "lns_mixln"
+    stack = _adapt(case, adapter, {**_llama_shape(shape), **given}, init=init)
+    if kind == "scale_post_pre":
+        return Fresh(stack=stack, deviations=_scaled_everywhere(shape, given["post_num"]))
     if kind != "deeppost" or _corrected(case):
         return Fresh(stack=stack)
     beta = (8 * shape["L"]) ** -0.25
@@ -146,6 +149,17 @@ def _mixln(case: Case, shape: Mapping[str, int]) -> Fresh:
             ),
         ),
     )
+
+
+def _scaled_everywhere(shape: Mapping[str, int], post_num: int) -> tuple[Deviation, ...]:
+    """Output projections of the Post-LN layers, which this code leaves plain."""
+    post = "|".join(str(i) for i in range(post_num))
+    outputs = Deviation(
+        pattern=rf"\.layers\.({post})\..*(o_proj|down_proj)\.weight$",
+        value=lambda weight: PLAIN_STD * (2 * shape["L"]) ** -0.5,
+        why="our init `scaled` is one rule for all layers; this code applies it to Pre-LN ones",
+    )
+    return (outputs,) if post_num else ()
 
 
 def _corrected(case: Case) -> bool:

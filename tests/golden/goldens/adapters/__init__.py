@@ -7,6 +7,7 @@ from ..stack import Stack
 from . import (
     derf_gpt2,
     dyt_llama,
+    gpas,
     hf,
     hybridnorm,
     mixln,
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, Callable[[Case], Stack]] = {
     "normformer": normformer.adapt,
     "hybridnorm": hybridnorm.adapt,
     "prerms": prerms.adapt,
+    "gpas": gpas.adapt,
     "siamese": siamese.hybrid,
     "siamese_deit": siamese.deit,
     "ngpt": ngpt.adapt,

@@ -81,11 +81,17 @@ def _wiring(
     layers: list[dict[str, bool]],
     overrides: dict[str, Any],
 ) -> LlmNormConfig:
-    """Pre-LN with norms on q and k is ours by name; the rest is wired by hand."""
+    """HybridNorm, HybridNorm* and Pre-LN with qk-norm are ours by name; the rest is wired."""
+    placed = {"norm": norm, **overrides}
+    wired = [_slots(layer) for layer in layers]
+    pre, entry = {"attn": "pre", "mlp": "pre"}, {"mlp": "entry"}
+    if all(on.values()) and wired == [entry] * len(layers):
+        return build_config(shape, placement="hybrid_norm", **placed)
+    if all(on.values()) and wired == [pre] + [entry] * (len(layers) - 1):
+        return build_config(shape, placement="hybrid_norm_star", **placed)
     qk = {"layout": "per_head", **norm}
-    config = build_config(shape, norm=norm, placement="pre_ln", qk_norm=qk, **overrides)
-    pre_ln = {"attn": "pre", "mlp": "pre"}
-    if on == {"q": True, "k": True, "v": False} and all(_slots(la) == pre_ln for la in layers):
+    config = build_config(shape, placement="pre_ln", qk_norm=qk, **placed)
+    if on == {"q": True, "k": True, "v": False} and all(slots == pre for slots in wired):
         return config
 
     def change(layer_idx: int, kind: str, slots: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,21 @@ def lns(case: Case) -> Stack:
 def adapt(case: Case) -> Stack:
     switches = Switches(case.fields["config"])
     kind, post_num = switches.take("norm_type"), switches.take("post_num", 0)
+    shape, norm = take_llama(switches)
+    switches.done()
+    config, slots = _wiring(kind, post_num, shape, norm, {"embedding": "raw", **case.overrides})
+
+    def to_ours(reference: Reference) -> dict[str, Tensor]:
+        state = llama_names(reference, config, lambda i: slots[i])
+        if kind == "scale_res_pre_norm":
+            state |= _branch_gains(reference, config)
+        return state
+
+    return Stack(config=config, to_ours=to_ours)
+
+
+def take_llama(switches: Switches) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shape and norm of the LLaMA code that these repositories share."""
     shape = {
         name: switches.take(name)
         for name in (
@@ -42,17 +57,12 @@ def adapt(case: Case) -> Stack:
     shape["hidden_act"] = switches.take("hidden_act", "silu")
     shape["tie_word_embeddings"] = switches.take("tie_word_embeddings", False)
     shape["rope_parameters"] = {"rope_theta": switches.take("rope_theta", 10000.0)}
-    norm = {"op": "rmsnorm", "eps": switches.take("rms_norm_eps"), "cast": "input"}
-    switches.done()
-    config, slots = _wiring(kind, post_num, shape, norm, {"embedding": "raw", **case.overrides})
+    return shape, {"op": "rmsnorm", "eps": switches.take("rms_norm_eps"), "cast": "input"}
 
-    def to_ours(reference: Reference) -> dict[str, Tensor]:
-        state = llama_names(reference, config, lambda i: slots[i])
-        if kind == "scale_res_pre_norm":
-            state |= _branch_gains(reference, config)
-        return state
 
-    return Stack(config=config, to_ours=to_ours)
+def mix_ln(post_num: int, depth: int) -> dict[str, Any]:
+    """Our Mix-LN with this number of Post-LN layers."""
+    return {"name": "mix_ln", "fraction": min((post_num + 0.5) / depth, 1.0)}
 
 
 def _wiring(
@@ -73,13 +83,12 @@ def _wiring(
     if kind.lower() in ("lns", "cod"):
         return built("lns"), [PRE] * depth
     if kind == "sandwich":
-        return built("peri_ln"), [PERI] * depth
+        return built("sandwich_ln"), [PERI] * depth
     if kind == "post_pre":
-        fraction = min((post_num + 0.5) / depth, 1.0)
         names = [OUT if i < post_num else PRE for i in range(depth)]
-        return built({"name": "mix_ln", "fraction": fraction}), names
+        return built(mix_ln(post_num, depth)), names
     if kind == "post":  # Post-LN, but the norm before the head stays: Mix-LN with nothing but post
-        return built({"name": "mix_ln", "fraction": 1.0}), [OUT] * depth
+        return built(mix_ln(depth, depth)), [OUT] * depth
     if kind == "deeppost":
         return rewire(built("deepnorm"), _fixed_alpha, final_norm=norm), [OUT] * depth
     if kind == "scale_res_pre_norm":
