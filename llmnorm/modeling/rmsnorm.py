@@ -124,7 +124,7 @@ class SimpleRMSNorm(AffineNorm):
 class PRMSNorm(AffineNorm):
     r"""Divide all features by the root mean square of the first few.
 
-        y = scale * weight * x / (sqrt(mean(x[:k]^2)) + eps),  k = int(p * dim)
+        y = scale * weight * x / (sqrt(mean(x[:k]^2)) + eps),  k = int(p * dim), at least 1
 
     A token whose first k features are 0 is divided by eps.
 
@@ -137,7 +137,7 @@ class PRMSNorm(AffineNorm):
         scale: constant multiplier on the output.
 
     Raises:
-        ValueError: if ``dim < 1``, ``eps <= 0``, ``p > 1`` or no feature is measured.
+        ValueError: if ``dim < 1``, ``eps <= 0`` or `p` is not above 0 and at most 1.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
@@ -147,12 +147,9 @@ class PRMSNorm(AffineNorm):
     ) -> None:
         check_norm("prmsnorm", dim, p=p, eps=eps, scale=scale)
         super().__init__(dim, scale=scale)
-        self.count, self.eps = int(p * dim), eps
-        if not 1 <= self.count <= dim:
-            raise ValueError(
-                f"prmsnorm.p is {p}, which measures {self.count} of {dim} features; "
-                f"expected {1 / dim:.4g} to 1"
-            )
+        if p > 1:
+            raise ValueError(f"prmsnorm.p is {p}; expected a part of the features, at most 1")
+        self.count, self.eps = max(1, int(p * dim)), eps
 
     def normalized(self, h: torch.Tensor) -> torch.Tensor:
         return divide_by_rms_and_eps(h, self.count, self.eps)

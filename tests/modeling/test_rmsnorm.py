@@ -72,10 +72,10 @@ def test_weight_init_is_the_initial_gain_with_and_without_unit_offset(offset: bo
     torch.testing.assert_close(layer(x), 0.2 * LayerNorm(DIM)(x))
 
 
-@pytest.mark.parametrize("p", [0.0625, 0.25, 1.0])
+@pytest.mark.parametrize("p", [0.01, 0.0625, 0.25, 1.0])
 def test_prmsnorm_measures_the_first_features_and_divides_all(p: float) -> None:
     norm = norm_of("prmsnorm", p=p, eps=0.05)
-    k = int(p * DIM)
+    k = max(1, int(p * DIM))
     assert_follows_formula(
         norm, lambda x, q: q["weight"] * x / (root_mean_squares(x[:, :k]) + 0.05)
     )
