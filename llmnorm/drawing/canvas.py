@@ -1,10 +1,11 @@
 """The pieces of a drawing: boxes, lines, dots and sums on a page that reads on light and dark."""
 
 import html
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmnorm.modeling.operations import list_norms
+from llmnorm.modeling.operations import list_norms, operation
 from llmnorm.modeling.residual import NormSpec
 
 STYLE = """
@@ -161,7 +162,7 @@ Row = Sequence[Cell | None]  # None lets the line through
 
 
 def slot_cell(spec: NormSpec | None) -> Cell | None:
-    """What a slot holds as a box: its name, and its constants where they are not 1."""
+    """What a slot holds as a box: its name, and its numbers where they are not the usual."""
     if spec is None or spec.op == "none":
         return None
     if spec.op == "constant":
@@ -170,6 +171,18 @@ def slot_cell(spec: NormSpec | None) -> Cell | None:
     notes += ["attention's"] if spec.shared else []
     scale = spec.options.get("scale", 1.0)
     notes += [f"\u00d7 {scale:.4g}"] if scale != 1 else []
+    notes += _start(spec)
     css = "norm" if spec.op in list_norms() else "gain"
     css += " shared" if spec.shared else ""
     return Cell(words=spec.op.replace("_", " "), small=", ".join(notes), css=css)
+
+
+def _start(spec: NormSpec) -> list[str]:
+    """Where a learned gain starts, if elsewhere than its operation does by default."""
+    known = inspect.signature(operation(spec.op)).parameters
+    given = {key: spec.options.get(key) for key in ("value", "weight_init") if key in known}
+    return [
+        f"from {value:.4g}"
+        for key, value in given.items()
+        if value is not None and value != known[key].default
+    ]

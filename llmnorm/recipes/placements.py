@@ -117,7 +117,7 @@ PLACEMENTS = {
     ),
     "span_norm": Recipe(
         formula="h = N(x + A(x)); y = N'(x + F(h)): the mlp's skip starts at the block's input",
-        training="its Scale Init is part of the method; its factor was not found (here an option)",
+        training="its Scale Init is part of the method; its factor was not found (scaled here)",
         failure="SiameseNorm's authors saw it diverge at lr 2e-3 (1.3B)",
         holder="none",
         provenance="formula from reviews and a third-party implementation of its equations",
@@ -144,7 +144,7 @@ PLACEMENTS = {
         provenance="from memory",
     ),
     "fixup": Recipe(
-        formula="y = x + m F(x + b), no norm; branch init * L^(-1/2m), last matrix 0",
+        formula="y = x + a W_out(b' + G(W_in(x + b))), no norm in the block; W_out starts at 0",
         training="a lower lr for biases and multipliers than for matrices is common",
         failure="behind every norm in DyT's ViT table (77.2 against 82.3)",
         holder="none: stock classes normalize",
@@ -158,7 +158,7 @@ PLACEMENTS = {
         provenance="the original's a = 0 is from memory",
     ),
     "rezero": Recipe(
-        formula="y = x + a F(x), a scalar, initially 0, no norm",
+        formula="y = x + a F(x), one scalar a a layer, initially 0, no norm in the block",
         training="a starts the block as identity; warm-up may be short",
         failure="without any norm the activations are bounded by nothing",
         holder="none: stock classes normalize",
@@ -172,10 +172,11 @@ PLACEMENTS = {
         provenance="initial values by depth are from memory",
     ),
     "depth_scaled": Recipe(
-        formula="y = x + F(N(x)) / n or / sqrt(n), n the number of blocks",
+        formula="y = x + n^(-power) F(N(x)), n the number of sublayers, power 1 or 1/2",
         training="as Pre-LN",
         failure="only the abstract was read: no table of language models",
         holder="LlamaForCausalLM (folds into the output projections), GraniteForCausalLM natively",
+        provenance="n = 2L is our reading of the abstract",
     ),
     "completep": Recipe(
         formula="y = x + F(N(x)) / m_L, m_L = L / base_depth, with muP in width",
@@ -190,10 +191,10 @@ PLACEMENTS = {
         holder="none: the divisor depends on the token",
     ),
     "nap": Recipe(
-        formula="a norm before each nonlinearity; matrices rescaled to their initial norm",
-        training="gains and offsets are decayed or rescaled, or they undo the projection",
+        formula="y = x + W_down(act(N'(W_gate N(x))) * N''(W_up N(x))); |W| as at the start",
+        training="its authors also decay or rescale gains and offsets, which is left out here",
         failure="details come from the abstract: a reading of ours, not a reproduction",
-        holder="LlamaForCausalLM once trained, if no norm was added inside the mlp",
+        holder="none: the norms inside the mlp have no place in stock classes",
         provenance="abstract and memory",
     ),
     "ngpt": Recipe(
