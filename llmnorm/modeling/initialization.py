@@ -166,18 +166,19 @@ def mark(module: nn.Module, config: Any, prefix: str = "") -> None:
     Raises:
         ValueError: for a matrix that starts at 0 where `weights` needs a length.
     """
-    kind = WeightSpec.parse(config.weights).kind
+    weights = WeightSpec.parse(config.weights)
+    frozen = weights.kind == "lawn" and weights.free_steps == 0
     for name, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear | nn.Embedding):
             std = expected_std(name, child, config)
-            if std == 0 and kind in ("weight_norm", "project"):
+            if std == 0 and (weights.kind in ("weight_norm", "project") or frozen):
                 raise ValueError(
                     f"init {InitSpec.parse(config.init).policy!r} starts {name} at 0, which has no "
-                    f"length for weights {kind!r} to keep; use another init or weights 'plain'"
+                    f"length for weights {weights.kind!r} to keep; use another init, or plain"
                 )
             child.init_name = f"{name}.weight"  # type: ignore[assignment]
             child.init_std = std  # type: ignore[assignment]
-            unit = unit_dim(name) if kind == "unit" else None
+            unit = unit_dim(name) if weights.kind == "unit" else None
             child.init_unit_dim = unit  # type: ignore[assignment]
 
 

@@ -91,8 +91,7 @@ class Parametrization:
         Adam moves every element alike, so an update of a matrix acts on its input with a strength
         that grows as the width: the learning rate is divided by m_d. Muon's orthogonal update has
         one singular value; `spectral` says with which power of the width it grows, and replaces
-        m_d by m_d^spectral (derived here, not from the papers). The product of learning rate and
-        weight decay stays.
+        m_d by m_d^spectral (derived here, not from the papers), eps stays.
 
         Args:
             hidden_size: width of the model.
@@ -104,6 +103,7 @@ class Parametrization:
         deep = depth_ratio ** (self.alpha - 1)
         if not matrix:
             return Factors(lr=deep)
-        wide = width if spectral is None else width**spectral
+        if spectral is not None:
+            return Factors(lr=deep / width**spectral, weight_decay=width**spectral)
         eps = 1 / (width * depth_ratio**self.alpha)
-        return Factors(lr=deep / wide, weight_decay=wide, eps=eps)
+        return Factors(lr=deep / width, weight_decay=width, eps=eps)

@@ -201,11 +201,9 @@ class Trainer:
         own = sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)
         count, stopping = self.ranks.sums(own, float(self.stop.requested))
         loss_sum = self.engine.backward(micro_batches, count)
+        factor, max_norm = self.plan.schedule(self.step), self.config.training.clip_norm
         result = self.engine.clip_and_step(
-            loss_sum,
-            count,
-            factor=self.plan.schedule(self.step),
-            max_norm=self.config.training.clip_norm,
+            loss_sum, count, factor=factor, max_norm=max_norm, step=self.step - self.skipped + 1
         )
         self.step += 1
         self.skipped += not result.applied

@@ -2,12 +2,15 @@
 
 Weight decay belongs to the matrices of linear layers, the head included, and to nothing else: not
 to embeddings, norms, biases or a norm-free layer's alpha. The decision is made by module, not by
-name patterns. Read `muon.py` for the one optimizer made of two.
+name patterns. Under muP (`modeling/parametrization.py`) the parameters of the blocks have their own
+learning rate, weight decay and eps. Read `muon.py` for the one optimizer made of two.
 """
 
 import importlib
 import inspect
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmnorm.errors import ConfigError
+from llmnorm.modeling.parametrization import Factors, Parametrization
 from llmnorm.training.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
 
+_MUON_SCALING = "match_rms_adamw"
 _RUN_FILE_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 
@@ -36,18 +41,25 @@ class OptimizerSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that are treated alike; `names` as in the state dict."""
+    """Parameters that are treated alike; `names` as in the state dict.
+
+    `lr_factor` and `eps_factor` multiply the run file's numbers; `weight_decay` is the product.
+    """
 
     branch: str
     weight_decay: float
     names: tuple[str, ...]
     elements: int
+    lr_factor: float = 1.0
+    eps_factor: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """Return the group as JSON for environment.json."""
         return {
             "branch": self.branch,
             "weight_decay": self.weight_decay,
+            "lr_factor": self.lr_factor,
+            "eps_factor": self.eps_factor,
             "tensors": len(self.names),
             "elements": self.elements,
             "names": list(self.names),
@@ -67,40 +79,69 @@ def linear_matrices(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in owners}
 
 
-def _group(model: nn.Module, branch: str, weight_decay: float, names: list[str]) -> Group:
-    parameters = dict(model.named_parameters())
-    elements = sum(parameters[name].numel() for name in names)
-    return Group(branch=branch, weight_decay=weight_decay, names=tuple(names), elements=elements)
-
-
 def parameter_groups(model: PreTrainedModel, settings: OptimizerSettings) -> list[Group]:
     """Split the trainable parameters into decayed, undecayed and, for muon, hidden matrices.
 
     Muon takes the matrices of the linear layers inside the blocks; head and embedding, which map
-    between tokens and features, stay with AdamW.
+    between tokens and features, stay with AdamW. Under muP each of these splits by its factors.
     """
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    matrices = linear_matrices(model)
-    hidden: list[str] = []
-    if settings.name == "muon":
-        ends = _ends(model)
-        hidden = [name for name in trainable if name in matrices and name not in ends]
-    branch = "adamw" if settings.name == "muon" else settings.name
-    decayed = [name for name in trainable if name in matrices and name not in hidden]
-    rest = [name for name in trainable if name not in matrices]
-    groups = [
-        _group(model, "muon", settings.weight_decay, hidden),
-        _group(model, branch, settings.weight_decay, decayed),
-        _group(model, branch, 0.0, rest),
+    matrices, blocks = linear_matrices(model), _blocks(model)
+    others = "adamw" if settings.name == "muon" else settings.name
+    members: dict[tuple[bool, bool, Factors], list[str]] = {}
+    elements: Counter[tuple[bool, bool, Factors]] = Counter()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = name in matrices
+        muon = settings.name == "muon" and matrix and name in blocks
+        factors = Factors()
+        if name in blocks:
+            factors = _factors(model, settings, matrix=matrix, muon=muon)
+        key = (muon, matrix, factors)
+        members.setdefault(key, []).append(name)
+        elements[key] += parameter.numel()
+    return [
+        Group(
+            branch="muon" if muon else others,
+            weight_decay=settings.weight_decay * factors.weight_decay if matrix else 0.0,
+            names=tuple(members[muon, matrix, factors]),
+            elements=elements[muon, matrix, factors],
+            lr_factor=factors.lr,
+            eps_factor=factors.eps,
+        )
+        for muon, matrix, factors in sorted(members, key=_order)
     ]
-    return [group for group in groups if group.names]
 
 
-def _ends(model: PreTrainedModel) -> set[str]:
-    """Return the names of the embedding's and the head's parameters."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    ends = {id(p) for module in modules if module is not None for p in module.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in ends}
+def _order(key: tuple[bool, bool, Factors]) -> tuple[bool, bool, float]:
+    """Muon's matrices, other matrices, the rest; hidden before head and embedding."""
+    muon, matrix, factors = key
+    return (not muon, not matrix, factors.lr)
+
+
+def _factors(
+    model: PreTrainedModel, settings: OptimizerSettings, *, matrix: bool, muon: bool
+) -> Factors:
+    """muP's factors of a parameter inside a block, by what its optimizer's update is like.
+
+    Muon's orthogonal update has singular values of sqrt(width) when it is scaled to AdamW's root
+    mean square, and of 1 in its original scaling.
+    """
+    config = model.config
+    original = settings.options.get("adjust_lr_fn", _MUON_SCALING) == "original"
+    return Parametrization.parse(config.parametrization).factors(
+        config.hidden_size,
+        config.num_hidden_layers,
+        matrix=matrix,
+        spectral=None if not muon else 0.0 if original else 0.5,
+    )
+
+
+def _blocks(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters inside the blocks."""
+    trunk: Any = model.base_model
+    inside = {id(parameter) for parameter in trunk.layers.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
 def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
@@ -120,9 +161,7 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
     parameters = dict(model.named_parameters())
     split: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
-        members = [parameters[name] for name in group.names]
-        entry = {"params": members, "weight_decay": group.weight_decay}
-        split.setdefault(group.branch, []).append(entry)
+        split.setdefault(group.branch, []).append(_entry(group, parameters, settings))
     adam = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps}
     try:
         if settings.name == "adamw":
@@ -136,6 +175,24 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
         raise ConfigError(
             f"optimizer.name={settings.name} refuses optimizer.options={settings.options}: {error}"
         ) from error
+
+
+def _entry(
+    group: Group, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings
+) -> dict[str, Any]:
+    """Return a group as an optimizer takes it; lr and eps only where they are its own."""
+    entry: dict[str, Any] = {"params": [parameters[name] for name in group.names]}
+    entry["weight_decay"] = group.weight_decay
+    if group.lr_factor != 1:
+        lr = (
+            settings.options.get("matrix_lr", settings.lr)
+            if group.branch == "muon"
+            else settings.lr
+        )
+        entry["lr"] = lr * group.lr_factor
+    if group.eps_factor != 1:
+        entry["eps"] = settings.eps * group.eps_factor
+    return entry
 
 
 def _check_options(settings: OptimizerSettings) -> None:
@@ -166,7 +223,7 @@ def _muon(
     `options.matrix_lr` (default: `lr`) is Muon's learning rate, `options.eps` Muon's own; its
     update is scaled to AdamW's root mean square unless `options.adjust_lr_fn` says `original`.
     """
-    options = {"adjust_lr_fn": "match_rms_adamw", **settings.options}
+    options = {"adjust_lr_fn": _MUON_SCALING, **settings.options}
     matrix_lr = options.pop("matrix_lr", settings.lr)
     muon = torch.optim.Muon(split.get("muon", []), lr=matrix_lr, **options)
     return MuonWithAdamW(muon, _adamw(split["adamw"], adam))
@@ -191,11 +248,9 @@ def describe_groups(model: PreTrainedModel, settings: OptimizerSettings) -> list
     groups = parameter_groups(model, settings)
     for group in groups:
         logger.info(
-            "optimizer %s: %d tensors, %d elements, weight decay %g",
-            group.branch,
-            len(group.names),
-            group.elements,
-            group.weight_decay,
+            "optimizer %s: %d tensors, %d elements, weight decay %g, lr x %g, eps x %g",
+            *(group.branch, len(group.names), group.elements),
+            *(group.weight_decay, group.lr_factor, group.eps_factor),
         )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:

@@ -40,6 +40,14 @@ class Ranks:
             dist.all_reduce(total)
         return total.tolist()
 
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor averaged over all ranks, each of which gives one of this shape."""
+        if self.world == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's JSON `value` on every rank."""
         if self.world == 1:

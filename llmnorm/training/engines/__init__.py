@@ -62,9 +62,12 @@ class Engine(Protocol):
         """
 
     def clip_and_step(
-        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float
+        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float, step: int
     ) -> StepResult:
-        """Clip to `max_norm` (0: off) and step at `factor` times each group's learning rate."""
+        """Clip to `max_norm` (0: off) and step at `factor` times each group's learning rate.
+
+        `step` numbers the steps that were applied, from 1; `constraints.py` goes by it.
+        """
 
     def pieces(self) -> Iterator[Piece]:
         """Yield what this rank owns of weights and optimizer state, without a collective."""

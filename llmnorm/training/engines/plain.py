@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
 from llmnorm.processes import leave_process_group
+from llmnorm.training.constraints import Constraints
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Owned, Piece, PieceReader, share
@@ -87,6 +88,7 @@ class PlainEngine:
         self.parameters = dict(self.model.named_parameters())
         self.optimizer: Any = make_optimizer(self.model)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.constraints = Constraints(self.model, self.ranks.mean)
 
     def backward(self, micro_batches: list[MicroBatch], count: float) -> Tensor:
         """Accumulate over the micro-batches; gradients travel with the last one alone.
@@ -106,7 +108,7 @@ class PlainEngine:
         return total
 
     def clip_and_step(
-        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float
+        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float, step: int
     ) -> StepResult:
         """Agree on loss and soundness of the step, then clip and step, or leave all untouched."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -120,7 +122,8 @@ class PlainEngine:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_norm, norm)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-            self._step()
+            with self.constraints.around(step):
+                self._step()
         self.optimizer.zero_grad()
         return StepResult(loss=loss, grad_norm=norm.item(), applied=applied)
 

@@ -1,0 +1,120 @@
+"""What must hold after every optimizer step, beside what the optimizer does: one hook around it.
+
+The rules of the config field `weights` (`modeling/weights.py` says what each is for), and modules
+that move by the number of steps, such as TaperNorm's gate: those that have `after_step`. Engines
+write `with constraints.around(step): optimizer.step()`. A skipped step never gets here. Nothing
+keeps a state of its own, so a continued run is the run; under DDP every rank does the same.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from llmnorm.modeling.initialization import expected_std
+from llmnorm.modeling.weights import WeightSpec, unit_dim
+
+Mean = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A weight under a rule; `length` is the Frobenius norm that its init is expected to have."""
+
+    weight: nn.Parameter
+    unit_dim: int
+    length: float
+    in_block: bool
+
+
+@contextmanager
+def _unit(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]:
+    """Every row has length 1 after every step."""
+    yield
+    for matrix in matrices:
+        matrix.weight.copy_(normalize(matrix.weight, dim=matrix.unit_dim))
+
+
+@contextmanager
+def _project(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]:
+    """Every `interval_steps` steps each matrix is as long as at its start."""
+    yield
+    if step % spec.interval_steps == 0:
+        for matrix in matrices:
+            if matrix.in_block:
+                matrix.weight.mul_(matrix.length / matrix.weight.norm())
+
+
+@contextmanager
+def _lawn(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]:
+    """After `free_steps` steps each matrix turns but keeps its length, as measured before the step.
+
+    The gradient loses its part along the matrix, so that the optimizer's averages do too.
+    """
+    frozen = [m.weight for m in matrices if m.in_block] if step > spec.free_steps else []
+    lengths = [weight.norm() for weight in frozen]
+    for weight, length in zip(frozen, lengths, strict=True):
+        assert weight.grad is not None
+        along = (weight.grad * weight).sum() / length.square()
+        weight.grad.sub_(along * weight)
+    yield
+    for weight, length in zip(frozen, lengths, strict=True):
+        weight.mul_(length / weight.norm())
+
+
+_RULES: dict[str, Callable[[list[Matrix], WeightSpec, int], AbstractContextManager[None]]] = {
+    "plain": lambda *_: nullcontext(),
+    "weight_norm": lambda *_: nullcontext(),  # holds by how the matrix is made
+    "unit": _unit,
+    "project": _project,
+    "lawn": _lawn,
+}
+
+
+class Constraints:
+    """The rules of one model.
+
+    Args:
+        model: the language model, with the parameters that the optimizer steps.
+        mean: averages a tensor over the ranks; identity in one process.
+    """
+
+    def __init__(self, model: PreTrainedModel, mean: Mean = lambda value: value) -> None:
+        self.spec = WeightSpec.parse(model.config.weights)
+        self.matrices = list(_matrices(model))
+        self.moving: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
+        self.mean = mean
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """Enclose the optimizer's step.
+
+        Args:
+            step: number of this step among those applied, from 1.
+        """
+        with torch.no_grad(), _RULES[self.spec.kind](self.matrices, self.spec, step):
+            yield
+        for module in self.moving:
+            module.after_step(step, self.mean)
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[Matrix]:
+    """The trainable matrices of linear layers and embeddings, one that is tied once."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            weight = module.weight
+            std = expected_std(name, module, model.config)
+            if weight.requires_grad:
+                yield Matrix(
+                    weight=weight,
+                    unit_dim=unit_dim(name),
+                    length=std * weight.numel() ** 0.5,
+                    in_block=".layers." in name,
+                )
