@@ -113,6 +113,40 @@ def assert_follows(model: LlmNormForCausalLM, block: Block, *, final: bool = Tru
     torch.testing.assert_close(outputs.last_hidden_state, x, **TOLERANCE[torch.float64])
 
 
+Close = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+TwoStreamBlock = Callable[
+    [int, nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+@torch.no_grad()
+def assert_two_streams_follow(
+    model: LlmNormForCausalLM, block: TwoStreamBlock, close: Close, *, scale: float = 1.0
+) -> None:
+    """Each layer's (p, r) equals `block(number, layer, p, r)`, and the trunk's end `close(p, r)`.
+
+    p starts as the embedding, r as `scale` times that; what users see after a layer is closed too.
+    """
+    ids, states = tokens(), []
+    hooks = [
+        layer.register_forward_hook(lambda module, given, state: states.append(state))
+        for layer in model.model.layers
+    ]
+    outputs = model.model(ids, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    p = model.model.embed_tokens(ids)
+    r = scale * p
+    for number, layer in enumerate(model.model.layers, start=1):
+        found = outputs.hidden_states[number - 1]
+        torch.testing.assert_close(found, close(model, p, r), **TOLERANCE[torch.float64])
+        p, r = block(number, layer, p, r)
+        wanted = torch.stack((p, r))
+        torch.testing.assert_close(states[number - 1], wanted, **TOLERANCE[torch.float64])
+    end = model.model.norm(close(model, p, r))
+    torch.testing.assert_close(outputs.last_hidden_state, end, **TOLERANCE[torch.float64])
+
+
 def norm_names(model: nn.Module) -> set[str]:
     """Names of the parameters that belong to no matrix, without `model.`."""
     matrices = ("_proj.weight", "embed_tokens.weight", "lm_head.weight")

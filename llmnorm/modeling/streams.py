@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .operations import check_positive
 from .residual import NormSpec, Residual, build_slot, register_residual
 
 
@@ -27,6 +28,9 @@ class StreamsSpec:
     first: NormSpec | None = None
     second: NormSpec | None = None
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("streams.scale", self.scale)
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "StreamsSpec":
@@ -83,7 +87,7 @@ def build_streams(spec: StreamsSpec | None, dim: int) -> OneStream | TwoStreams:
 class ResidualDual(Residual):
     r"""Join a branch to a Post-LN stream p and, not normalized, to a second stream r.
 
-        f = branch(pre(p));  p' = out(skip(p) + post(f));  r' = r + second(f)
+        s = entry(p);  f = branch(pre(s));  p' = out(skip(s) + post(f));  r' = r + second(f)
 
     Shape: the state x = (p, r) is (2, batch, seq, hidden).
 
@@ -98,8 +102,9 @@ class ResidualDual(Residual):
         **kwargs: Any,
     ) -> torch.Tensor:
         p, r = x
-        f = branch(self.pre(p), **kwargs)
-        return torch.stack((self.out(self.skip(p) + self.post(f)), r + self.second(f)))
+        s = self.entry(p)
+        f = branch(self.pre(s), **kwargs)
+        return torch.stack((self.out(self.skip(s) + self.post(f)), r + self.second(f)))
 
 
 @register_residual("siamese")
