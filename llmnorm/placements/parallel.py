@@ -18,9 +18,10 @@ class Parallel(Placement):
         shared_norm: one norm for both (GPT-J, PaLM); false: one each (GPT-NeoX). A norm whose
             options differ between the two (dyt's alpha in wide models) cannot be shared.
 
+    Which of the three shares its norm is stated from memory.
+
     Source: Wang and Komatsuzaki, "GPT-J-6B", 2021; Chowdhery et al., "PaLM", 2022,
-    arXiv:2204.02311; with two norms Black et al., "GPT-NeoX-20B", 2022, arXiv:2204.06745 (from
-    memory).
+    arXiv:2204.02311; with two norms Black et al., "GPT-NeoX-20B", 2022, arXiv:2204.06745.
     """
 
     shared_norm: bool = True

@@ -186,6 +186,8 @@ def test_init_embedding_and_final_norm_are_the_bases() -> None:
     assert build_config("debug", placement=over("deepnorm")).final_norm is None
     assert build_config("debug", placement=over("peri_ln")).embedding == "norm"
     assert build_config("debug", placement="gpas").final_norm is not None
+    scaled = [build_config("debug", placement=p) for p in ("completep", over("completep"))]
+    assert scaled[0].parametrization == scaled[1].parametrization != "standard"
 
 
 # Joints other than the slots, and layers whose sublayers are joined in different ways.
