@@ -1,47 +1,81 @@
-"""The table that the shared suites run over: a tiny shape, the pairs, the tolerance per dtype.
+"""The table that the shared suites run over: the pairs, those that go through everything, kinds.
 
-A new norm or placement is picked up by itself; `from schemes import SHAPE, FULL, PAIRS`.
+A new norm or placement is picked up by itself; `from schemes import SHAPE, FULL, PAIRS`. The facts
+are those of `llmnorm.testing`, which everyone can run on a scheme of their own.
 """
 
-from typing import Any
-
-import torch
-
 from llmnorm import list_norms, list_placements
+from llmnorm.placements import parse_placement
+from llmnorm.testing import SHAPE, TOLERANCE, Scheme, find_scheme, tokens
 
-# Four layers, so that Mix-LN's default quarter is one; grouped heads; no two widths alike.
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+__all__ = [
+    "FULL",
+    "IMPOSSIBLE",
+    "KINDS",
+    "NINE",
+    "PAIRS",
+    "POINTWISE",
+    "REST",
+    "SHAPE",
+    "TOLERANCE",
+    "Scheme",
+    "tokens",
+]
+
+# Pairs that build_config refuses at SHAPE, and how its message begins.
+IMPOSSIBLE: dict[tuple[str, str], str] = {
+    ("bhyt", "parallel"): "the mlp's slot pre is shared, but attention's holds another norm",
 }
+
+
+def _accepted(norm: str, placement: str) -> bool:
+    accepts = parse_placement(placement).accepts
+    return (accepts is None or norm in accepts) and (norm, placement) not in IMPOSSIBLE
+
 
 # (norm, placement): every pair is built, trained a step, saved and loaded.
 PAIRS: list[tuple[str, str]] = [
-    (norm, placement) for placement in list_placements() for norm in list_norms()
+    (norm, placement)
+    for placement in list_placements()
+    for norm in list_norms()
+    if _accepted(norm, placement)
 ]
 
-# Every placement with rmsnorm and every norm with pre_ln: the pairs that go through everything.
+# Every placement with its usual norm and every norm with pre_ln: they go through everything.
 FULL: list[tuple[str, str]] = [
-    (norm, placement) for norm, placement in PAIRS if norm == "rmsnorm" or placement == "pre_ln"
+    (norm, placement)
+    for norm, placement in PAIRS
+    if placement == "pre_ln" or norm == find_scheme(placement).norm
+]
+REST = [pair for pair in PAIRS if pair not in FULL]
+
+# The placements that most claims are made for.
+NINE = (
+    "pre_ln",
+    "post_ln",
+    "res_post_ln",
+    "peri_ln",
+    "mix_ln",
+    "deepnorm",
+    "normformer",
+    "lns",
+    "sub_ln",
+)
+
+# One scheme for each kind of wiring: slots inside and around the branch, constants, two kinds of
+# block, shared norms, gates, two streams, an interpolated stream.
+KINDS: list[tuple[str, str]] = [
+    ("layernorm", "normformer"),
+    ("rmsnorm", "mix_ln"),
+    ("derf", "peri_ln"),
+    ("rmsnorm", "deepnorm"),
+    ("dyt", "parallel"),
+    ("rmsnorm", "gpas"),
+    ("rmsnorm", "hybrid_norm"),
+    ("rmsnorm", "residual_dual"),
+    ("rmsnorm", "siamese_norm"),
+    ("l2norm", "ngpt"),
 ]
 
 # Norms that bound features without normalizing them.
 POINTWISE = ("dyt", "derf", "pointwise")
-
-# Largest difference of two computations of the same numbers, for values of order one.
-TOLERANCE: dict[torch.dtype, dict[str, float]] = {
-    torch.float64: {"rtol": 1e-9, "atol": 1e-10},
-    torch.float32: {"rtol": 1e-4, "atol": 2e-5},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-}
-
-
-def tokens(batch: int = 2, seq: int = 9, *, seed: int = 0) -> torch.Tensor:
-    """Token ids (batch, seq) of SHAPE's vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, SHAPE["vocab_size"], (batch, seq), generator=generator)

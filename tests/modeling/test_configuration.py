@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from schemes import PAIRS, SHAPE, tokens
+from schemes import FULL, SHAPE, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmnorm import LlmNormConfig, LlmNormForCausalLM, build_config, build_model
@@ -392,7 +392,7 @@ def test_a_value_that_cannot_be_meant_is_refused(field: str, value: Any) -> None
 # --- round trip -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("norm", "placement"), PAIRS)
+@pytest.mark.parametrize(("norm", "placement"), FULL)
 def test_every_scheme_survives_saving_and_loading(
     norm: str, placement: str, tmp_path: Path
 ) -> None:

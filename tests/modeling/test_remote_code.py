@@ -1,4 +1,7 @@
-"""A saved folder carries its code: it loads, bit-equal, where llmnorm is not installed."""
+"""A saved folder carries its code: the Auto class loads it where llmnorm is not installed.
+
+Every scheme is loaded so in `tests/test_testing.py`, by its class; this is how a user does it.
+"""
 
 import json
 import subprocess
@@ -6,7 +9,7 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from schemes import PAIRS, SHAPE, tokens
+from schemes import KINDS, SHAPE, tokens
 
 from llmnorm import build_config, build_model
 
@@ -43,9 +46,9 @@ print(json.dumps(equal))
 """
 
 
-def test_every_scheme_loads_bit_equal_in_a_process_without_llmnorm(tmp_path):
+def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp_path):
     saved = tmp_path / "saved"
-    for norm, placement in PAIRS:
+    for norm, placement in KINDS:
         config = build_config(SHAPE, norm=norm, placement=placement, qk_norm="full_width")
         model = build_model(config, seed=2).eval()
         model.save_pretrained(saved / f"{norm}-{placement}")
@@ -65,5 +68,5 @@ def test_every_scheme_loads_bit_equal_in_a_process_without_llmnorm(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     equal = json.loads(done.stdout.splitlines()[-1])
-    assert len(equal) == len(PAIRS) + 1
+    assert len(equal) == len(KINDS) + 1
     assert all(equal.values()), [name for name, same in equal.items() if not same]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from schemes import FULL, SHAPE, TOLERANCE, tokens
+from schemes import KINDS, SHAPE, TOLERANCE, tokens
 from transformers import AutoModelForCausalLM
 
 from llmnorm import build_config, build_model
@@ -12,7 +12,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 IDS = tokens(2, 11)
 
 
-@pytest.fixture(params=FULL, ids=lambda pair: "-".join(pair))
+@pytest.fixture(params=KINDS, ids=lambda pair: "-".join(pair))
 def model(request) -> LlmNormForCausalLM:
     norm, placement = request.param
     config = build_config(SHAPE, norm=norm, placement=placement, qk_norm="per_head")
@@ -66,18 +66,6 @@ def test_beam_search_reorders_the_cache_rightly(model):
 
 
 @pytest.mark.fast
-def test_activation_checkpointing_changes_no_bit(model):
-    gradients = []
-    for checkpointing in (False, True):
-        model.train().zero_grad()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.fast
 def test_hidden_states_and_attentions_are_recorded(model):
     model.set_attn_implementation("eager")
     output = model(IDS, output_hidden_states=True, output_attentions=True)
@@ -86,22 +74,15 @@ def test_hidden_states_and_attentions_are_recorded(model):
     assert len(output.attentions) == depth
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, 4, 11))
     first = model.model.embedding_norm(model.model.embedding_scale(model.model.embed_tokens(IDS)))
-    assert torch.equal(output.hidden_states[0], first)
+    assert torch.equal(
+        output.hidden_states[0], model.model.streams.close(model.model.streams.open(first))
+    )
     assert (output.attentions[-1].triu(1) == 0).all()
 
 
 @pytest.mark.fast
 def test_logits_to_keep_are_the_last_ones(model):
     torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, model(IDS).logits[:, -3:])
-
-
-@pytest.mark.fast
-def test_no_token_sees_a_later_one_in_training_mode(model):
-    changed = IDS.clone()
-    changed[:, 6:] = (changed[:, 6:] + 1) % 67
-    before, after = model.train()(IDS).logits, model(changed).logits
-    assert torch.equal(before[:, :6], after[:, :6])
-    assert not torch.equal(before[:, 6:], after[:, 6:])
 
 
 @pytest.mark.fast
