@@ -13,6 +13,7 @@ from wiring import assert_follows, model_of, names_in_layers, norm_names, rope
 from llmnorm import LlmNormForCausalLM, build_config, build_model
 from llmnorm.errors import ConfigError
 from llmnorm.modeling.weights import unit_dim
+from llmnorm.training.constraints import Constraints
 
 pytestmark = pytest.mark.fast
 
@@ -136,6 +137,20 @@ def test_every_matrix_starts_with_length_one_along_the_hidden_axis() -> None:
     down = model.model.layers[0].mlp.down_proj.weight
     assert lengths["model.layers.0.mlp.down_proj"].shape == (56,)
     assert down.shape == (32, 56)
+
+
+def test_every_matrix_has_length_one_again_after_each_optimizer_step() -> None:
+    model = build_model(build_config(SHAPE, norm="l2norm", placement="ngpt"))
+    optimizer, rules = torch.optim.AdamW(model.parameters(), lr=0.01), Constraints(model)
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        model(tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        with rules.around(step):
+            optimizer.step()
+            drifted = unit_slices(model)
+        assert all(((length - 1).abs() > 1e-4).any() for length in drifted.values())
+        for name, length in unit_slices(model).items():
+            torch.testing.assert_close(length, torch.ones_like(length), msg=name)
 
 
 @torch.no_grad()

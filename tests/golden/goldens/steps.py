@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmnorm.modeling.weights import unit_dim
+from llmnorm.training.constraints import Constraints
 from llmnorm.training.optimizer import make_optimizer, parameter_groups
 
 from .cases import Case, NotImplementedCaseError, assert_equal, matching
@@ -109,12 +109,13 @@ def compare_official_steps(case: Case, stack: Stack) -> None:
 
 @dataclass(kw_only=True)
 class OurRun:
-    """Our model at the start weights, with the optimizer that our training would make."""
+    """Our model at the start weights, with the optimizer and the rules of our training."""
 
     case: Case
     stack: Stack
     model: Any
     optimizers: list[torch.optim.Optimizer]
+    constraints: Constraints
     extras: dict[str, Tensor]
     """Trained tensors that our model has no place for (learned positions), by reference name."""
     deviating: dict[str, tuple[float, float]]
@@ -128,16 +129,8 @@ class OurRun:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         loss = run_state(self.stack, self.model, state, self.extras, batch).loss
         parameters = [*named.values(), *self.extras.values()]
-        take_step(self.case, number, loss, parameters, self.optimizers)
-        if self.stack.config.weights == "unit":
-            self._to_unit_rows()
-
-    @torch.no_grad()
-    def _to_unit_rows(self) -> None:
-        """Our rule of which axis of a matrix is the hidden one."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-                module.weight /= module.weight.norm(dim=unit_dim(name), keepdim=True)
+        with self.constraints.around(number):
+            take_step(self.case, number, loss, parameters, self.optimizers)
 
     def compare(self, number: int, expected: Callable[[str, Tensor], Tensor]) -> None:
         """Compare all weights after a step with `expected(our name, the recorded weight)`."""
@@ -185,6 +178,7 @@ def our_run(case: Case, stack: Stack) -> OurRun:
         stack=stack,
         model=model,
         optimizers=optimizers,
+        constraints=Constraints(model),
         extras=extras,
         deviating={
             name: (decay[origin[name]], mine)
