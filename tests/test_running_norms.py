@@ -82,6 +82,17 @@ def test_unified_norm_skips_a_step_with_an_outlier() -> None:
     assert_same(norm.squares[int(norm.steps) % 2], before)  # the outlier does not enter the window
 
 
+@pytest.mark.parametrize(("root", "skipped"), [(2.2, 0), (2.5, 1)])
+def test_an_outlier_exceeds_the_window_times_the_sample_variance_of_its_roots(
+    root: float, skipped: int
+) -> None:
+    """Roots 1 and 2: variance 1/2, threshold 1. Beside 1, v exceeds by (sqrt(v) - 1)^2 / 2."""
+    norm = UnifiedNorm(1, warmup_steps=0, window=2, filtering=True).double()
+    norm.squares.copy_(torch.tensor([[1.0], [4.0]]))  # step 1 replaces the second
+    norm(torch.full((3, 1), root, dtype=torch.float64))
+    assert norm.skipped.item() == skipped
+
+
 @pytest.mark.parametrize("build", BOTH, ids=IDS)
 def test_padding_is_left_out_of_the_statistics(build) -> None:
     x, mask = features(2, 3, DIM), torch.zeros(2, 3, dtype=torch.bool)

@@ -136,6 +136,10 @@ def test_evaluation_measures_nothing_and_a_warm_up_step_without_training_is_refu
     assert norm.seen is None
     with pytest.raises(ValueError, match="saw no forward in training mode"):
         norm.after_step(1)
+    norm.train()(features(2, DIM))
+    norm.after_step(1)
+    with pytest.raises(ValueError, match="saw no forward in training mode"):
+        norm.after_step(2)  # the means of step 1 are not counted twice
 
 
 def test_once_the_gate_is_closed_the_norm_is_its_fold_and_no_sooner() -> None:
