@@ -21,6 +21,7 @@ from .lerp import Lerp  # noqa: F401 (enters the residual modules)
 from .operations import check_kind, check_positive, read_choice
 from .parametrization import Parametrization
 from .residual import ATTENTION_SLOTS, NormSpec, ResidualSpec, parse_layer
+from .reuse import ReusedMeanSquare  # noqa: F401 (enters the residual modules)
 from .rotary import POSITIONS
 from .streams import StreamsSpec
 from .weights import WeightSpec

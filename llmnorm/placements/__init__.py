@@ -2,6 +2,7 @@
 
 from . import (
     admin,
+    bhyt,
     completep,
     deepnorm,
     depth_scaled,
@@ -39,6 +40,7 @@ __all__ = [
     "Placement",
     "Site",
     "admin",
+    "bhyt",
     "completep",
     "deepnorm",
     "depth_scaled",

@@ -299,6 +299,12 @@ def _ngpt(case: Case, shape: Mapping[str, int]) -> Fresh:
     return Fresh(stack=stack, deviations=(outputs,))
 
 
+def _bhyt(case: Case, shape: Mapping[str, int]) -> Fresh:
+    """The lams by site are options; whether they are learned is nothing to a start."""
+    given = {k: v for k, v in case.fields["config"].items() if k != "learnable_lam"}
+    return Fresh(stack=_adapt(case, "bhyt", {**_llama_shape(shape), **given}))
+
+
 _FAMILIES: dict[str, Callable[[Case, Mapping[str, int]], Fresh]] = {
     "hf_": _hf,
     "mixln_": _mixln,
@@ -307,4 +313,5 @@ _FAMILIES: dict[str, Callable[[Case, Mapping[str, int]], Fresh]] = {
     "derf_gpt2": _derf_gpt2,
     "hybridnorm": _hybridnorm,
     "ngpt": _ngpt,
+    "bhyt": _bhyt,
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..cases import Case, NotImplementedCaseError
 from ..stack import Stack
 from . import (
+    bhyt,
     derf_gpt2,
     dyt_llama,
     gpas,
@@ -32,6 +33,7 @@ ADAPTERS: dict[str, Callable[[Case], Stack]] = {
     "normformer": normformer.adapt,
     "hybridnorm": hybridnorm.adapt,
     "prerms": prerms.adapt,
+    "bhyt": bhyt.adapt,
     "gpas": gpas.adapt,
     "siamese": siamese.hybrid,
     "siamese_deit": siamese.deit,
