@@ -401,6 +401,7 @@ def test_the_resolved_run_reads_back_equal(write):
 
 
 CHANGED = {
+    "model.imports": "[colorsys]",
     "model.preset": "9m",
     "model.norm.op": "layernorm",
     "model.placement.name": "lns",
@@ -440,12 +441,31 @@ CHANGED = {
     "output.dir": "elsewhere",
 }
 KEEPS_NUMBERS = {
+    "model.imports",
     "data.path",
     "data.num_workers",
     "training.micro_batch_size",
     "training.compile",
     "training.activation_checkpointing",
 }
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (None, r"ModuleNotFoundError: No module named 'of_nobody'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import torch\nimport of_no_package", "No module named 'of_no_package'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_in_one_line(code, reason, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    if code is not None:
+        (tmp_path / "of_nobody.py").write_text(code)
+    (line,) = errors(None, [*flags(COMPLETE), "--model.imports=[of_nobody]"])
+    assert line.startswith("--model.imports: importing of_nobody fails (")
+    assert reason in line
+    assert "install it, or put its folder on PYTHONPATH" in line
 
 
 @pytest.mark.parametrize("path", leaves(RunConfig), ids=".".join)

@@ -1,5 +1,6 @@
 """Ask the model code whether the names, options and fields of a run file's model section exist."""
 
+import importlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
 # DeepNet's 1,000 layers and a vocabulary of 262,144 are the most published; ten times that or more
 # is a slip of the hand, found here before anything is resolved or allocated.
 _LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "hidden_size": 2**18}
+
+
+def import_module(name: str) -> None:
+    """Import a module that registers norms or placements; raise ValueError if that fails.
+
+    It is looked for as Python does: installed, or in a folder of PYTHONPATH.
+    """
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever the module's own code raises
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"importing {name} fails ({type(error).__name__}: {reason}); "
+            "install it, or put its folder on PYTHONPATH"
+        ) from error
 
 
 def check_preset(value: str) -> str:
@@ -48,6 +64,7 @@ def check_build(key: str, value: Any, earlier: Mapping[str, Any]) -> None:
     if key == "overrides":
         _check_overrides(value)
     parts = {"norm": None, "placement": None, "overrides": {}} | dict(earlier) | {key: value}
+    parts.pop("imports", None)
     problem = _problem(parts)
     if problem is not None and key == "overrides":
         without = ((name, {k: v for k, v in value.items() if k != name}) for name in value)

@@ -84,6 +84,9 @@ class PlacementChoice(Section):
 class ModelSection(Section):
     """What is built: a shape, a norm, a placement."""
 
+    imports: list[str] = Field(
+        [], description="Python modules that register norms or placements of your own"
+    )
     preset: str = Field(description="shape: a preset's name or a folder with config.json")
     norm: NormChoice = Field(NormChoice.model_construct(), description="norm and its options")
     placement: PlacementChoice = Field(
@@ -92,6 +95,13 @@ class ModelSection(Section):
     overrides: dict[str, Any] = Field(
         {}, description="model config fields that replace the preset's, e.g. embedding: scale"
     )
+
+    @field_validator("imports")
+    @classmethod
+    def _registers(cls, value: list[str]) -> list[str]:
+        for module in value:
+            choices.import_module(module)
+        return value
 
     @field_validator("preset")
     @classmethod
@@ -294,6 +304,7 @@ class RunConfig(Section):
 
 _FREE: dict[str, Any] = {
     **dict.fromkeys(("output", "log", "checkpoint", "eval"), True),
+    "model": {"imports"},
     "data": {"path", "num_workers"},
     "training": {"micro_batch_size", "compile", "activation_checkpointing"},
 }
