@@ -1,8 +1,9 @@
-"""Let norms that were registered outside this package travel with a saved model.
+"""Let norms and joints that were registered outside this package travel with a saved model.
 
 A saved folder must load where neither llmnorm nor the user's package is installed. The source file
-of a foreign operation is copied beside the modeling code, and the copy of
-`configuration_llmnorm.py` imports it. What cannot travel is refused before anything is written.
+of a foreign operation or residual module is copied beside the modeling code, and the copy of
+`configuration_llmnorm.py` imports it. What cannot travel is refused before anything is written. A
+placement need not travel: what it resolved to is in `config.json`.
 """
 
 import ast
@@ -13,19 +14,27 @@ from pathlib import Path
 from torch import nn
 
 from .operations import OPERATIONS
+from .residual import Residual
 
 _PACKAGE = __name__.rpartition(".")[0]
-_OFFERED = {"register_norm", "register_gain", "compute_dtype"}
+_OFFERED = {
+    "compute_dtype": "operations",
+    "register_gain": "operations",
+    "register_norm": "operations",
+    "Residual": "residual",
+    "register_residual": "residual",
+}
 
 
 def foreign_sources(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Module name -> (class name, source made relative) of every foreign operation in the model.
+    """Module name -> (class name, source made relative) of every foreign class in the model.
 
     Raises:
         ValueError: for a class of `__main__`, or a file that imports what will not be there: files
-            beside it, or more of llmnorm than `register_norm`, `register_gain`, `compute_dtype`.
+            beside it, or more of llmnorm than `register_norm`, `register_gain`, `compute_dtype`,
+            `Residual` and `register_residual`.
     """
-    known = tuple(OPERATIONS.values())
+    known = (*OPERATIONS.values(), Residual)
     classes = {type(m) for m in model.modules() if isinstance(m, known)}
     foreign = [cls for cls in classes if cls.__module__.rpartition(".")[0] != _PACKAGE]
     return {_file_name(cls): (cls.__name__, _relative(cls)) for cls in foreign}
@@ -49,13 +58,16 @@ def _relative(cls: type[nn.Module]) -> str:
         if isinstance(node, ast.Import | ast.ImportFrom) and not _is_installed(node):
             offered = isinstance(node, ast.ImportFrom) and str(node.module).startswith("llmnorm")
             names = {alias.name for alias in node.names}
-            if not (offered and names <= _OFFERED and node.lineno == node.end_lineno):
+            if not (offered and names <= set(_OFFERED) and node.lineno == node.end_lineno):
                 raise ValueError(
                     f"{file}:{node.lineno}: {cls.__name__} must travel with the model, where this "
                     f"import is missing; use installed packages and llmnorm's {sorted(_OFFERED)}"
                 )
-            indent = lines[node.lineno - 1][: node.col_offset]
-            lines[node.lineno - 1] = f"{indent}from .operations import {', '.join(sorted(names))}\n"
+            lines[node.lineno - 1] = "".join(
+                f"{lines[node.lineno - 1][: node.col_offset]}from .{_OFFERED[alias.name]} import "
+                f"{alias.name}{f' as {alias.asname}' if alias.asname else ''}\n"
+                for alias in node.names
+            )
     return "".join(lines)
 
 

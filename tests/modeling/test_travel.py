@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from schemes import SHAPE, tokens
 
-from llmnorm import build_config, build_model
+from llmnorm import LlmNormConfig, build_config, build_model
 from llmnorm.modeling import operations
+from llmnorm.modeling.residual import RESIDUALS
 
 NORM = """
 import torch
@@ -31,11 +32,21 @@ class HalfRMS(nn.Module):
     def forward(self, x):
         return self.scale * self.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 """
+JOINT = """
+import torch
+from llmnorm.modeling.residual import Residual as Joint, register_residual
+
+
+@register_residual("slow")
+class Slow(Joint):
+    def forward(self, x, block_input, branch, **kwargs):
+        return x + 0.5 * self.post(branch(self.pre(x), **kwargs))
+"""
 STRANGER = """
 import sys
 class NoLlmnorm:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("llmnorm", "my_norms"):
+        if name.split(".")[0] in ("llmnorm", "my_norms", "my_joints"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoLlmnorm())
 import torch
@@ -66,8 +77,23 @@ def foreign_model(tmp_path, monkeypatch):
     sys.modules.pop("my_norms", None)
 
 
-def test_a_foreign_norm_loads_where_its_package_is_missing(foreign_model, tmp_path):
-    model, ids = foreign_model(), tokens()
+@pytest.fixture
+def foreign_joint(tmp_path, monkeypatch):
+    """Build a model whose every joint is a residual module of its own, in hand-made residuals."""
+    (tmp_path / "my_joints.py").write_text(JOINT)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_joints")
+    spec = {"pre": {"op": "rmsnorm"}, "module": "slow"}
+    layers = [{"attn": spec, "mlp": spec}] * SHAPE["num_hidden_layers"]
+    final = {"op": "rmsnorm"}
+    yield LlmNormConfig(**SHAPE, placement=None, norm=None, residuals=layers, final_norm=final)
+    RESIDUALS.pop("slow", None)
+    sys.modules.pop("my_joints", None)
+
+
+def load_as_stranger(model, tmp_path):
+    """Load the saved model twice in a process without llmnorm and without my_norms, my_joints."""
+    ids = tokens()
     model.save_pretrained(tmp_path / "saved")
     save_file({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "expected.safetensors")
     (tmp_path / "stranger.py").write_text(STRANGER)
@@ -82,6 +108,18 @@ def test_a_foreign_norm_loads_where_its_package_is_missing(foreign_model, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_foreign_norm_loads_where_its_package_is_missing(foreign_model, tmp_path):
+    load_as_stranger(foreign_model(), tmp_path)
+
+
+def test_a_foreign_residual_module_loads_where_its_package_is_missing(foreign_joint, tmp_path):
+    model = build_model(foreign_joint, seed=1)
+    assert type(model.model.layers[1].mlp_residual).__name__ == "Slow"
+    load_as_stranger(model, tmp_path)
+    saved = (tmp_path / "saved" / "foreign_my_joints.py").read_text()
+    assert "from .residual import Residual as Joint\nfrom .residual import register_resid" in saved
 
 
 @pytest.mark.fast
