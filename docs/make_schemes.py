@@ -9,8 +9,16 @@ from pathlib import Path
 
 from llmnorm.drawing import draw
 from llmnorm.listing import known_facts
-from llmnorm.recipes import OPERATORS
-from llmnorm.recipes.facts import REFERENCE, Scheme, arxiv, baseline_parameters, scheme, schemes
+from llmnorm.recipes.facts import (
+    REFERENCE,
+    Part,
+    Scheme,
+    arxiv,
+    baseline_parameters,
+    operators,
+    scheme,
+    schemes,
+)
 
 DOCS = Path(__file__).resolve().parent
 
@@ -59,13 +67,7 @@ def pages() -> dict[str, str]:
         "They leak later tokens in training, so they are compared with their code and stand in\n"
         "no model.\n",
     ]
-    for name, recipe in OPERATORS.items():
-        text += [
-            f"### {name}\n",
-            f"- formula: `{recipe.formula}`",
-            f"- known failure: {recipe.failure}",
-        ]
-        text += [f"- stock class: {recipe.holder}\n"]
+    text += [part for held in operators() for part in _section(held)]
     files = {f"schemes/{held.name}.svg": draw(held.config) for held in placements}
     return {"schemes.md": "\n".join(text), **files}
 
@@ -84,7 +86,7 @@ def _table(kind: str, held: list[Scheme], facts: tuple[str, ...]) -> list[str]:
         recipe = one.recipe
         papers = (f"[{number}](https://arxiv.org/abs/{number})" for number in arxiv(one.source))
         classes = recipe.classes if recipe else []
-        cells = [f"[{one.name}](#{one.name})", f"`{recipe.formula}`" if recipe else ""]
+        cells = [f"[{one.name}](#{kind}-{one.name})", f"`{recipe.formula}`" if recipe else ""]
         cells += [getattr(one, fact) for fact in facts]
         cells += [f"{one.parameters:+,}" if one.parameters else "0", str(one.norms)]
         cells += [", ".join(name.removesuffix("ForCausalLM") for name in classes) or "none"]
@@ -92,9 +94,9 @@ def _table(kind: str, held: list[Scheme], facts: tuple[str, ...]) -> list[str]:
     return ["| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in rows] + [""]
 
 
-def _section(held: Scheme) -> list[str]:
+def _section(held: Part) -> list[str]:
     """A drawing, and all that is known."""
-    lines = [f"### {held.name}\n"]
+    lines = [f"### {held.kind} {held.name}\n"]
     facts = known_facts(held)
     if "what it is" in facts:
         lines += [facts.pop("what it is") + "\n"]

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -14,9 +15,23 @@ from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation
 from llmnorm.placements import PLACEMENTS, list_placements
-from llmnorm.recipes.facts import KINDS, REFERENCE, Scheme, baseline_parameters, scheme, schemes
+from llmnorm.recipes.facts import (
+    KINDS,
+    REFERENCE,
+    Part,
+    Scheme,
+    baseline_parameters,
+    named,
+    operators,
+    schemes,
+)
 from llmnorm.resources import list_presets
 
+# Of what is known of a scheme, in the order shown.
+_HEADINGS = [
+    *("what it is", "formula", "paper", "options", "init", "embedding", "final norm", "cost"),
+    *("training", "known failure", "stock class", "not verified"),
+]
 _SHAPE = {
     "layers": "num_hidden_layers",
     "width": "hidden_size",
@@ -37,13 +52,14 @@ def run(args: argparse.Namespace) -> int:
     if args.name is not None and args.what != "schemes":
         raise ConfigError(f"llmnorm list {args.what} takes no name; saw {args.name!r}")
     if args.name is not None:
-        shown = [_in_full(scheme(args.name))]
+        shown = [_in_full(part) for part in named(args.name)]
     elif args.what == "schemes":
-        shown = [_recipes(kind) for kind in KINDS]
+        shown = [_overview(kind, schemes(kind)) for kind in KINDS]
+        shown.append(_overview("operator", operators()))
     else:
         shown = [{"norms": _norms, "placements": _placements, "presets": _presets}[args.what]()]
     for table in shown:
-        Console().print(table)
+        Console(markup=False).print(table)
     return 0
 
 
@@ -54,24 +70,21 @@ def count_parameters(config: LlmNormConfig) -> tuple[int, int]:
     return counts["total"], counts["non_embedding"]
 
 
-def known_facts(scheme: Scheme) -> dict[str, str]:
-    """Everything known of a scheme, by headings; what is not known is left out."""
-    recipe = scheme.recipe
-    facts = {
-        "what it is": scheme.summary,
-        "formula": recipe and recipe.formula,
-        "paper": scheme.source,
-        "options": scheme.options,
-        "init": scheme.init,
-        "embedding": scheme.embedding,
-        "final norm": scheme.final_norm,
-        "cost": _cost(scheme),
-        "training": recipe and recipe.training,
-        "known failure": recipe and recipe.failure,
-        "stock class": recipe and recipe.holder,
-        "not verified": recipe and recipe.provenance,
-    }
-    return {heading: fact for heading, fact in facts.items() if fact}
+def known_facts(part: Part) -> dict[str, str]:
+    """Everything known of a scheme or an operator, by headings; what is not known is left out."""
+    facts = {"what it is": part.summary, "paper": part.source, "options": part.options}
+    if isinstance(part, Scheme):
+        facts |= {"init": part.init, "embedding": part.embedding, "final norm": part.final_norm}
+        facts["cost"] = _cost(part)
+    if part.recipe is not None:
+        facts |= {
+            "formula": part.recipe.formula,
+            "training": part.recipe.training,
+            "known failure": part.recipe.failure,
+            "stock class": part.recipe.holder,
+            "not verified": part.recipe.provenance,
+        }
+    return {heading: facts[heading] for heading in _HEADINGS if facts.get(heading)}
 
 
 def _cost(scheme: Scheme) -> str:
@@ -83,29 +96,32 @@ def _cost(scheme: Scheme) -> str:
     )
 
 
-def _recipes(kind: str) -> Table:
-    title = f"{kind}: parameters beyond those of pre_ln with rmsnorm at {REFERENCE}"
-    table = Table(title=title, title_justify="left")
+def _overview(kind: str, held: Sequence[Part]) -> Table:
+    what = f"parameters beyond those of pre_ln with rmsnorm at {REFERENCE}"
+    if kind == "operator":
+        what = "running statistics, for comparison alone: they stand in no model"
+    table = Table(title=f"{kind}: {what}", title_justify="left")
     table.add_column(kind, no_wrap=True)
     table.add_column("formula")
     table.add_column("parameters", justify="right")
     table.add_column("stock class")
-    for held in schemes(kind):
-        formula, classes = "-", "-"
-        if held.recipe is not None:
-            formula = held.recipe.formula
-            classes = ", ".join(c.removesuffix("ForCausalLM") for c in held.recipe.classes) or "-"
+    for part in held:
+        recipe, extra = part.recipe, part.parameters if isinstance(part, Scheme) else None
+        classes = recipe.classes if recipe else []
         table.add_row(
-            held.name, formula, f"{held.parameters:+,}" if held.parameters else "0", classes
+            part.name,
+            recipe.formula if recipe else "-",
+            "-" if extra is None else f"{extra:+,}" if extra else "0",
+            ", ".join(name.removesuffix("ForCausalLM") for name in classes) or "-",
         )
     return table
 
 
-def _in_full(held: Scheme) -> Table:
-    table = Table(title=f"{held.kind} {held.name}", title_justify="left", show_header=False)
+def _in_full(part: Part) -> Table:
+    table = Table(title=f"{part.kind} {part.name}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    for heading, fact in known_facts(held).items():
+    for heading, fact in known_facts(part).items():
         table.add_row(heading, fact)
     return table
 

@@ -28,6 +28,7 @@ LAYERS = {
     "environment": 1,
     "processes": 1,
     "resources": 1,
+    "running_norms": 1,
     "modeling": 2,
     "placements": 3,
     "calibration": 3,

@@ -12,11 +12,20 @@ from llmnorm.modeling.operations import operation
 from llmnorm.modeling.weights import WeightSpec
 from llmnorm.placements import PLACEMENTS as REGISTERED
 from llmnorm.recipes import NORMS, OPERATORS, PLACEMENTS, WEIGHTS
-from llmnorm.recipes.facts import KINDS, REFERENCE, arxiv, scheme, schemes
+from llmnorm.recipes.facts import KINDS, REFERENCE, arxiv, named, scheme, schemes
 
 pytestmark = pytest.mark.fast
 
-RECIPES = {**PLACEMENTS, **NORMS, **OPERATORS, **WEIGHTS}
+RECIPES = {
+    f"{kind} {name}": recipe
+    for kind, recipes in (
+        ("placement", PLACEMENTS),
+        ("norm", NORMS),
+        ("operator", OPERATORS),
+        ("weights", WEIGHTS),
+    )
+    for name, recipe in recipes.items()
+}
 
 
 def ours(names: list[str], find) -> set[str]:
@@ -65,7 +74,7 @@ def test_every_scheme_names_a_paper_by_its_arxiv_number(kind):
 
 
 def test_init_embedding_and_final_norm_are_read_from_the_code():
-    deepnorm, peri, derf = scheme("deepnorm"), scheme("peri_ln"), scheme("derf")
+    deepnorm, peri, derf = scheme("deepnorm"), scheme("peri_ln"), scheme("derf", "norm")
     assert (deepnorm.init, deepnorm.final_norm) == ("deepnorm", "none")
     assert peri.embedding == "norm (rmsnorm)"
     assert (derf.kind, derf.embedding, derf.final_norm) == ("norm", "scale", "derf")
@@ -81,8 +90,10 @@ def test_parameters_and_norms_are_counted_against_pre_ln_with_rmsnorm():
         4 * depth + 2,
     )
     assert scheme("sub_ln").parameters == depth * (width + mlp)
-    assert scheme("layernorm").parameters == (2 * depth + 1) * width  # the biases
-    assert scheme("dyt").parameters == 2 * depth + 1 + 1  # an alpha a site, the embedding's scale
+    assert scheme("layernorm", "norm").parameters == (2 * depth + 1) * width  # the biases
+    assert (
+        scheme("dyt", "norm").parameters == 2 * depth + 1 + 1
+    )  # an alpha a site, the embedding's scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +107,7 @@ def test_what_is_shown_of_a_scheme_holds_its_recipe_and_what_its_code_asks(kind)
 
 def test_a_scheme_of_no_name_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match="no scheme is named 'mixln'; did you mean mix_ln"):
-        scheme("mixln")
+        named("mixln")
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -107,6 +118,15 @@ def test_the_list_of_schemes_fits_a_terminal(width, capsys, monkeypatch):
         lines = capsys.readouterr().out.splitlines()
         assert max(len(line) for line in lines) <= width
         assert any("mix_ln" in line for line in lines)
+
+
+def test_a_name_of_two_kinds_shows_both():
+    assert [part.kind for part in named("bhyt")] == ["placement", "norm"]
+
+
+def test_a_formula_with_brackets_is_shown_as_it_is(capsys):
+    assert cli._dispatch(["list", "schemes", "powernorm"]) == 0
+    assert OPERATORS["powernorm"].formula in capsys.readouterr().out
 
 
 def test_only_schemes_take_a_name():

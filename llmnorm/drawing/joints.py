@@ -1,6 +1,7 @@
 """How a branch joins the stream, drawn: one function for each residual module."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from llmnorm.modeling.residual import ResidualSpec
 
@@ -8,12 +9,8 @@ from .canvas import Canvas, Cell, Row, slot_cell
 
 BRANCH = 186  # distance of the branch from the stream
 SECOND = 370  # distance of the second stream
-STREAM_BOX, BRANCH_BOX, LEVEL_BOX = (
-    100,
-    192,
-    76,
-)  # widths of boxes on the stream, branch, level line
-FRAME = 216
+# Widths of boxes on the stream, on the branch and on a level line, and of the frame of a sublayer.
+STREAM_BOX, BRANCH_BOX, LEVEL_BOX, FRAME = 100, 208, 76, 230
 _RAILS = (-58.0, BRANCH + FRAME / 2 + 10)  # where the block's input passes on the left and right
 
 
@@ -51,12 +48,24 @@ def _residual(
         canvas.dot(0, block)
         canvas.line((0, block), (left, block), (left, carried), (0, carried))
     top = _branch(canvas, spec, inside, fork)
-    top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
-    join = top - 14
-    canvas.line((BRANCH, top), (BRANCH, join), (11, join), arrow=True)
-    canvas.through(slot_cell(spec.skip), (0, carried), (0, join + 11), STREAM_BOX)
-    canvas.plus(0, join)
-    return _on_stream(canvas, slot_cell(spec.out), join - 10)
+    return _join(canvas, spec, carried, top)
+
+
+def _reuse(
+    canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
+) -> float:
+    """y = out(skip(s) + post(branch(pre(s, m)))), m = mean(block^2) + first(|W_v W_o|^2)."""
+    y = _on_stream(canvas, slot_cell(spec.entry), y)
+    fork, right = y - 12, _RAILS[1]
+    canvas.line((0, y), (0, fork), (BRANCH, fork))
+    canvas.dot(0, fork)
+    canvas.dot(0, block)
+    factor, pre = slot_cell(spec.first), slot_cell(spec.pre) or Cell(words="norm")
+    pre = replace(pre, small=f"block's + {factor.words if factor else 1} |W_v W_o|\u00b2")
+    top = canvas.upward(BRANCH, fork, [[pre]], BRANCH_BOX)
+    edge, middle = BRANCH + BRANCH_BOX / 2, top + pre.height / 2
+    canvas.line((0, block), (right, block), (right, middle), (edge, middle), arrow=True)
+    return _join(canvas, spec, fork, _sublayer(canvas, inside, top))
 
 
 def _lerp(
@@ -116,6 +125,7 @@ def _unknown(
 
 JOINTS: dict[str, Callable[[Canvas, ResidualSpec, Sequence[Row], float, float], float]] = {
     "residual": _residual,
+    "bhyt": _reuse,
     "lerp": _lerp,
     "residual_dual": _dual,
     "siamese": _siamese,
@@ -123,8 +133,13 @@ JOINTS: dict[str, Callable[[Canvas, ResidualSpec, Sequence[Row], float, float], 
 
 
 def _branch(canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float) -> float:
-    """What stands before the sublayer, and the sublayer: one box, or a frame around its rows."""
+    """What the sublayer reads and the sublayer."""
     y = canvas.upward(BRANCH, y, [[slot_cell(spec.pre)]], BRANCH_BOX)
+    return _sublayer(canvas, inside, y)
+
+
+def _sublayer(canvas: Canvas, inside: Sequence[Row], y: float) -> float:
+    """One box, or a frame around its rows."""
     if len(inside) == 1:
         return canvas.upward(BRANCH, y, inside, BRANCH_BOX, extra=10)
     rows = Canvas()
@@ -134,6 +149,16 @@ def _branch(canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float)
     canvas.elements += rows.elements
     canvas.line((BRANCH, top), (BRANCH, top - 10))
     return top - 10
+
+
+def _join(canvas: Canvas, spec: ResidualSpec, carried: float, top: float) -> float:
+    """Bring a branch that ends at `top` to the stream, whose skip starts at `carried`."""
+    top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
+    join = top - 14
+    canvas.line((BRANCH, top), (BRANCH, join), (11, join), arrow=True)
+    canvas.through(slot_cell(spec.skip), (0, carried), (0, join + 11), STREAM_BOX)
+    canvas.plus(0, join)
+    return _on_stream(canvas, slot_cell(spec.out), join - 10)
 
 
 def _on_stream(canvas: Canvas, cell: Cell | None, y: float) -> float:

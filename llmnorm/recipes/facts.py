@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,34 +19,34 @@ from llmnorm.modeling.operations import list_norms, operation
 from llmnorm.modeling.weights import WeightSpec
 from llmnorm.placements import PLACEMENTS, list_placements, parse_placement
 from llmnorm.resources import suggest
+from llmnorm.running_norms import PowerNorm, UnifiedNorm
 from llmnorm.selftest import promised_slots
 
-from .norms import NORMS, WEIGHTS
+from .norms import NORMS, OPERATORS, WEIGHTS
 from .placements import PLACEMENTS as PLACED
 from .recipe import Recipe
 
 REFERENCE = "130m"  # the preset at which parameters and norms are counted
 KINDS = ("placement", "norm", "weights")
 _RECIPES: dict[str, dict[str, Recipe]] = {"placement": PLACED, "norm": NORMS, "weights": WEIGHTS}
+_OPERATORS: dict[str, type] = {"powernorm": PowerNorm, "unified_norm": UnifiedNorm}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """One placement, norm or way to hold weights: its recipe and the config it resolves to.
+class Part:
+    """A class of llmnorm with its recipe.
 
     Args:
         name: as a run file has it.
-        kind: one of `KINDS`; the other two choices are those of the baseline, pre_ln + rmsnorm.
-        recipe: None for a scheme registered outside llmnorm.
+        kind: one of `KINDS`, or `operator` for one that stands in no model.
+        recipe: None for what is registered outside llmnorm.
         part: the class that was registered.
-        config: at the shape `REFERENCE`.
     """
 
     name: str
     kind: str
     recipe: Recipe | None
     part: type
-    config: LlmNormConfig
 
     @property
     def source(self) -> str:
@@ -68,6 +68,18 @@ class Scheme:
             return ""
         return (inspect.getdoc(self.part) or "").partition("\n\n")[0].replace("\n", " ")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme(Part):
+    """A placement, norm or way to hold weights, with what it resolves to.
+
+    Args:
+        config: at the shape `REFERENCE`; the choices beside this one are those of the baseline,
+            pre_ln + rmsnorm.
+    """
+
+    config: LlmNormConfig
+
     @property
     def init(self) -> str:
         """The policy of initial weights."""
@@ -85,7 +97,7 @@ class Scheme:
         spec = self.config.final_norm_spec()
         return "none" if spec is None else spec.op
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Parameters beyond those of the baseline."""
         return _counted(self.config) - baseline_parameters()
@@ -103,20 +115,48 @@ class Scheme:
 
 
 def schemes(kind: str) -> list[Scheme]:
-    """All of one kind, by name."""
-    return [_scheme(name, kind) for name in _names()[kind]]
+    """All of one kind: those with recipes in the recipes' order, then the others."""
+    recipes = list(_RECIPES[kind])
+    names = sorted(_names()[kind], key=lambda n: recipes.index(n) if n in recipes else len(recipes))
+    return [scheme(name, kind) for name in names]
 
 
-def scheme(name: str) -> Scheme:
-    """The scheme of this name.
+def operators() -> list[Part]:
+    """The norms by running statistics, which stand in no model."""
+    return [
+        Part(name=name, kind="operator", recipe=recipe, part=_OPERATORS[name])
+        for name, recipe in OPERATORS.items()
+    ]
+
+
+def named(name: str) -> list[Part]:
+    """What has this name: schemes of any kind, and operators.
 
     Raises:
         ConfigError: for an unknown name, with the nearest known one.
     """
-    known = {held: kind for kind in KINDS for held in _names()[kind]}
-    if name not in known:
-        raise ConfigError(f"no scheme is named {name!r}{suggest(name, list(known))}")
-    return _scheme(name, known[name])
+    found = [part for part in operators() if part.name == name]
+    found += [scheme(name, kind) for kind in KINDS if name in _names()[kind]]
+    if not found:
+        known = [*_OPERATORS, *(held for names in _names().values() for held in names)]
+        raise ConfigError(f"no scheme is named {name!r}{suggest(name, known)}")
+    return found
+
+
+def scheme(name: str, kind: str = "placement") -> Scheme:
+    """The registered scheme of this name and kind."""
+    choice: dict[str, Any] = {kind: name}
+    part: type = WeightSpec
+    if kind == "placement":
+        part = PLACEMENTS[name]
+        accepted = parse_placement(name).accepts
+        if accepted is not None and "rmsnorm" not in accepted:
+            choice["norm"] = accepted[0]
+    elif kind == "norm":
+        part = operation(name)
+    config = build_config(REFERENCE, **choice)
+    recipe = _RECIPES[kind].get(name)
+    return Scheme(name=name, kind=kind, recipe=recipe, part=part, config=config)
 
 
 @cache
@@ -131,28 +171,7 @@ def arxiv(source: str) -> list[str]:
 
 
 def _names() -> Mapping[str, list[str]]:
-    """Registered names of each kind: those with recipes in the recipes' order, then the others."""
-    registered = {"placement": list_placements(), "norm": list_norms(), "weights": list(WEIGHTS)}
-    ranks = {kind: {name: i for i, name in enumerate(_RECIPES[kind])} for kind in KINDS}
-    return {
-        kind: sorted(names, key=lambda name: ranks[kind].get(name, len(ranks[kind])))
-        for kind, names in registered.items()
-    }
-
-
-def _scheme(name: str, kind: str) -> Scheme:
-    choice: dict[str, Any] = {kind: name}
-    part: type = WeightSpec
-    if kind == "placement":
-        part = PLACEMENTS[name]
-        accepted = parse_placement(name).accepts
-        if accepted is not None and "rmsnorm" not in accepted:
-            choice["norm"] = accepted[0]
-    elif kind == "norm":
-        part = operation(name)
-    config = build_config(REFERENCE, **choice)
-    recipe = _RECIPES[kind].get(name)
-    return Scheme(name=name, kind=kind, recipe=recipe, part=part, config=config)
+    return {"placement": list_placements(), "norm": list_norms(), "weights": list(WEIGHTS)}
 
 
 def _counted(config: LlmNormConfig) -> int:

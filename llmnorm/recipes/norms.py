@@ -81,21 +81,21 @@ NORMS = {
     "pointwise": Recipe(
         formula="w f(a x + s) + b, f one of the Derf paper's candidates",
         training="as derf",
-        failure="all but erf, tanh and satursin are at or below LayerNorm in its vision tables",
+        failure="erf leads the paper's vision tables; half of the candidates have no score there",
         holder=_POINTWISE_HOLDER,
         provenance="scores transcribed; no candidate but erf and tanh has language-model numbers",
     ),
     "bhyt": Recipe(
         formula="w tanh(l x / (k RMS(x))), k = 10; the final norm stays rmsnorm",
         training="l = 2 (attn), 1 (mlp), or 3 and 3",
-        failure="its initial slope is a gain of 0.1 to 0.3, and that control was not run; 'full' "
-        "reuses the block's RMS and ignores cross terms",
+        failure="its initial slope is a gain of 0.1 to 0.3, and that control was not run; the "
+        "paper's full form estimates the mlp's RMS and ignores cross terms",
         holder="none",
     ),
     "seednorm": Recipe(
         formula="(tanh(x . b) a + w) x / RMS(x)",
         training="as rmsnorm",
-        failure="the initial values of a and b were not found (here b = 0: it starts as rmsnorm)",
+        failure="the initial values of a and b were not found (here 1 and 0: it starts as rmsnorm)",
         holder="none: its gain depends on the token",
         provenance="formula transcribed",
     ),
