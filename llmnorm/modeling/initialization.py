@@ -67,13 +67,11 @@ def sub_ln(m: Matrix) -> float:
 
 
 def small(m: Matrix) -> float:
-    """sqrt(2 / (5 d)) for every matrix, d the hidden size (SmallInit, arXiv:1910.05895)."""
+    """sqrt(2 / (5 d)) for every matrix, d the hidden size (SmallInit, arXiv:1910.05895).
+
+    SDD's 1/sqrt(2.5 d) is the same number.
+    """
     return math.sqrt(2 / (5 * m.hidden_size))
-
-
-def sdd(m: Matrix) -> float:
-    """1/sqrt(2.5 d) for every matrix, d the hidden size (SDD, arXiv:2502.15499)."""
-    return (2.5 * m.hidden_size) ** -0.5
 
 
 def fixup(m: Matrix) -> float:
@@ -96,7 +94,6 @@ INIT_POLICIES: dict[str, Callable[[Matrix], float]] = {
     "deepnorm": deepnorm,
     "sub_ln": sub_ln,
     "small": small,
-    "sdd": sdd,
     "fixup": fixup,
 }
 
@@ -131,7 +128,7 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
     """Std that the config's policy asks of a matrix, by its name in the causal model.
 
     Under muP matrices inside the blocks start from initializer_range / sqrt(m_d), while policies
-    made of the width (Xavier, small, sdd) shrink by themselves; where `weights` is `unit`, rows of
+    made of the width (Xavier, small) shrink by themselves; where `weights` is `unit`, rows of
     length 1 leave 1/sqrt(row length) whatever the policy.
 
     Args:

@@ -15,13 +15,13 @@ class SDD(Placement):
 
     Identical to Post-LN except: the norm after each of the seven matrices of a block, whose gain is
     alpha, first 1 and 1/sqrt(L) after o and down, L the number of layers; and the init policy
-    `sdd`. The norm acts on all features of q, k, v and not on each head. Embedding and head are
-    plain: the text names linear layers, and its code was not at hand.
+    `small`, which is SDD's 1/sqrt(2.5 d). The norm acts on all features of q, k, v and not on each
+    head. Embedding and head are plain: the text names linear layers, its code was not at hand.
 
     Source: "Scale-Distribution Decoupling", 2025, arXiv:2502.15499.
     """
 
-    init: ClassVar[str] = "sdd"
+    init: ClassVar[str] = "small"
     accepts: ClassVar[tuple[str, ...]] = ("rmsnorm",)
 
     def residual(self, site: Site, norm: NormSpec) -> ResidualSpec:
