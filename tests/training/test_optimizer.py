@@ -1,5 +1,6 @@
 """Who is decayed, who is on which branch, and that two runs of a step agree bit for bit."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,12 @@ import torch
 
 from llmnorm import build_config, build_model
 from llmnorm.errors import ConfigError
+from llmnorm.training.engines.plain import PlainEngine
+from llmnorm.training.loop import train
 from llmnorm.training.muon import MuonWithAdamW
 from llmnorm.training.optimizer import describe_groups, make_optimizer, parameter_groups
+
+from .conftest import metrics
 
 pytestmark = pytest.mark.fast
 
@@ -160,3 +165,122 @@ def test_what_cannot_be_made_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=seen):
         make_optimizer(_model(), _settings(name, **options))
+
+
+# --- muP ----------------------------------------------------------------------------------------
+
+MUP = {"name": "mup", "base_width": 8, "base_depth": 1, "alpha": 0.5}  # m_d = 2, m_L = 2
+
+
+def _record(records: list[dict[str, Any]], name: str) -> tuple[str, float, float, float]:
+    (found,) = [record for record in records if name in record["names"]]
+    return (
+        found["branch"],
+        pytest.approx(found["weight_decay"]),
+        pytest.approx(found["lr_factor"]),
+        pytest.approx(found["eps_factor"]),
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mup_gives_the_parameters_of_blocks_their_own_numbers(
+    tied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _model(norm="layernorm", tied=tied, parametrization=MUP, attention_bias=True)
+    with caplog.at_level("INFO"):
+        records = describe_groups(model, _settings())
+    root = 2**-0.5
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        wanted = ("adamw", 0.2, root / 2, root / 2)
+        assert _record(records, f"model.layers.1.{name}.weight") == wanted
+    for name in ("attn_residual.pre.weight", "mlp_residual.pre.bias", "self_attn.k_proj.bias"):
+        assert _record(records, f"model.layers.0.{name}") == ("adamw", 0.0, root, 1.0)
+    assert _record(records, "model.norm.weight") == ("adamw", 0.0, 1.0, 1.0)
+    decay = 0.1 if tied else 0.0
+    assert _record(records, "model.embed_tokens.weight") == ("adamw", decay, 1.0, 1.0)
+    if not tied:
+        assert _record(records, "lm_head.weight") == ("adamw", 0.1, 1.0, 1.0)
+    assert sum(record["elements"] for record in records) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+    assert "weight decay 0.2, lr x 0.353553, eps x 0.353553" in caplog.text
+
+
+def test_the_optimizer_steps_with_these_numbers() -> None:
+    """The first step of AdamW, by hand: w (1 - lr wd) - lr g / (|g| + eps)."""
+    model = _with_gradients(_model(norm="rmsnorm", parametrization=MUP))
+    settings = _settings()
+    settings.eps = 0.5
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_optimizer(model, settings).step()
+    root = 2**-0.5
+    for name, lr, decay, eps in (
+        ("model.layers.1.mlp.up_proj.weight", root / 2, 0.2, root / 2),
+        ("model.layers.0.attn_residual.pre.weight", root, 0.0, 1.0),
+        ("lm_head.weight", 1.0, 0.1, 1.0),
+        ("model.embed_tokens.weight", 1.0, 0.0, 1.0),
+    ):
+        parameter = model.get_parameter(name)
+        grad = parameter.grad
+        wanted = before[name] * (1 - 1e-2 * lr * decay)
+        wanted = wanted - 1e-2 * lr * grad / (grad.abs() + 0.5 * eps)
+        torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_muons_matrices_have_their_own_rule_under_mup() -> None:
+    model = _model(norm="rmsnorm", parametrization=MUP)
+    optimizer = make_optimizer(model, _settings("muon", matrix_lr=0.04))
+    muon, *adamw = optimizer.param_groups
+    assert muon["lr"] == pytest.approx(0.04 * 2**-0.5 * 2**-0.5)  # root of m_d, and of m_L
+    assert muon["weight_decay"] == pytest.approx(0.1 * 2**0.5)
+    assert sorted(group["lr"] for group in adamw) == pytest.approx([1e-2 * 2**-0.5, 1e-2, 1e-2])
+    assert {group["eps"] for group in adamw} == {1e-8}
+
+
+def test_another_class_gets_the_factors_too() -> None:
+    optimizer = make_optimizer(_model(parametrization=MUP), _settings("torch.optim:NAdam"))
+    hidden = optimizer.param_groups[0]
+    assert (hidden["lr"], hidden["weight_decay"], hidden["eps"]) == pytest.approx(
+        (1e-2 * 8**-0.5, 0.2, 1e-8 * 8**-0.5)
+    )
+
+
+def test_what_takes_no_gradient_is_in_no_group() -> None:
+    model = _model(norm="tapernorm")
+    names = {name for group in parameter_groups(model, _settings()) for name in group.names}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert names == {name for name, _ in model.named_parameters()} - frozen
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_matrices_and_the_rest_are_two_groups_whatever_the_decay(weight_decay: float) -> None:
+    settings = _settings()
+    settings.weight_decay = weight_decay
+    decayed, rest = parameter_groups(_model(weights="weight_norm"), settings)
+    assert all(name.endswith("weight") for name in decayed.names)
+    assert "model.layers.0.mlp.up_proj.length" in rest.names
+
+
+def test_the_schedule_multiplies_each_groups_own_rate(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    real = PlainEngine._step
+
+    def step(self: PlainEngine) -> None:
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        real(self)
+
+    monkeypatch.setattr(PlainEngine, "_step", step)
+    overrides = {"parametrization": MUP, "num_hidden_layers": 2, "hidden_size": 16}
+    overrides |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = tiny(model__overrides=overrides, training__max_steps=3, eval__interval_steps=0)
+    assert train(config) == 0
+    facts = json.loads((config.output.dir / "environment.json").read_text())["optimizer"]
+    own = [0.01 * group["lr_factor"] for group in facts]
+    assert own == pytest.approx([0.01 * 8**-0.5, 0.01, 0.01 * 2**-0.5, 0.01])
+    schedule = [record["lr"] / 0.01 for record in metrics(config.output.dir)]
+    assert schedule[0] != schedule[1]
+    for factor, seen in zip(schedule, rates, strict=True):
+        assert seen == pytest.approx([factor * rate for rate in own])
