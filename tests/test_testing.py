@@ -192,7 +192,9 @@ def test_a_check_names_what_it_saw_and_what_it_expected(
 
 
 class Forgetful(Residual):
-    """Leave one of its slots out of what self_test sees. Source: none."""
+    """Leave its own slot unread. Source: none."""
+
+    extra = ("first",)
 
     def forward(
         self, x: torch.Tensor, block_input: torch.Tensor, branch: Any, **kwargs: Any

@@ -1,7 +1,7 @@
 """Full BHyT's joint: the mlp's norm does not measure its input but reuses the block's."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class ReusedMeanSquare(Residual):
 
     Source: BHyT, ICML 2026, arXiv:2601.09719.
     """
+
+    extra: ClassVar[tuple[str, ...]] = ("first",)
 
     def __init__(self, spec: ResidualSpec, dim: int, block: Any = None) -> None:
         super().__init__(spec, dim, block)

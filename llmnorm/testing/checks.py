@@ -27,9 +27,7 @@ def check_documentation(scheme: Scheme) -> str:
     for part in (operation(op), type(parse_placement(scheme.placement))):
         text = vars(part).get("__doc__") or ""
         own = text and not text.startswith(f"{part.__name__}(")  # which a dataclass writes itself
-        expect(
-            bool(own), f"no docstring on {part.__name__}", "one sentence, the formula, the source"
-        )
+        expect(bool(own), f"no docstring on {part.__name__}", "what it is, its formula and source")
         if op != "none" or part is not operation(op):  # no norm at all comes from no paper
             expect("Source" in text, f"no source in the docstring of {part.__name__}", "Source:")
             sources.append(source_of(part))

@@ -51,7 +51,7 @@ def _defects(model: Any) -> Iterator[tuple[str, AbstractContextManager[None]]]:
         yield f"{name} without its {spec.op}", _replaced(model, name)
         for key in ("scale", "value"):
             if isinstance(getattr(model.get_submodule(name), key, None), float):
-                yield f"{name}.{key} times 1.5", _changed(model.get_submodule(name), key)
+                yield f"another {name}.{key}", _changed(model.get_submodule(name), key)
     for name, joint in model.model.layers[-1].named_modules():
         if isinstance(joint, Residual):
             other = RESIDUALS["lerp" if type(joint) is Residual else "residual"]
@@ -77,9 +77,9 @@ def _replaced(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def _changed(module: Any, attribute: str, value: Any = None) -> Iterator[None]:
-    """Give an attribute another value, by default 1.5 times its own."""
+    """Give an attribute another value, by default another number."""
     kept = getattr(module, attribute)
-    setattr(module, attribute, 1.5 * kept if value is None else value)
+    setattr(module, attribute, 1.5 * kept + 0.25 if value is None else value)
     yield
     setattr(module, attribute, kept)
 
