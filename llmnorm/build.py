@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation, read_choice
 from llmnorm.modeling.parametrization import Parametrization
-from llmnorm.modeling.residual import NormSpec, constant
+from llmnorm.modeling.residual import NormSpec, ResidualSpec, constant
 from llmnorm.modeling.streams import StreamsSpec
 from llmnorm.placements import Placement, Site, parse_placement
 from llmnorm.resources import shape_folder, suggest
@@ -175,10 +175,14 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
                 head_dim=config.head_dim,
             )
             layer[kind] = rule.residual(site, at[kind])
-        slots = {**qk_norm, **layer["attn"].slots()}
+        slots = layer["attn"].slots()
+        for slot in qk_norm.keys() & slots.keys():
+            raise ValueError(f"placement {rule.name} fills slot {slot} itself; set qk_norm to none")
+        slots |= qk_norm
         if mup:  # scores are divided by head_dim, not by its root
             slots["q"] = slots.get("q", constant(1.0)).scaled(config.head_dim**-0.5)
         layer["attn"] = layer["attn"].having(**slots)
+        layer["mlp"] = _sharing(layer["mlp"], layer["attn"])
         residuals.append({kind: spec.to_dict() for kind, spec in layer.items()})
     config.residuals = residuals
     config.final_norm = _stored(rule.final_norm(at["final"]))
@@ -186,6 +190,12 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     config.streams = _stored(rule.streams(at["final"]))
     config.wiring = config.seal()
     _try_out(config)
+
+
+def _sharing(mlp: ResidualSpec, attn: ResidualSpec) -> ResidualSpec:
+    """Let the mlp's shared slots hold what attention's hold, with the options of that site."""
+    shared = {slot: getattr(attn, slot) for slot, held in mlp.slots().items() if held.shared}
+    return mlp.having(**{slot: replace(held, shared=True) for slot, held in shared.items()})
 
 
 def _stored(spec: NormSpec | StreamsSpec | None) -> dict[str, Any] | None:
@@ -215,8 +225,14 @@ def _held(config: LlmNormConfig) -> list[tuple[NormSpec, int]]:
 def _warn_if_doubtful(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     """Log one warning for a scheme that can be built but is not what its papers argue for."""
     doubts = []
-    slots = {slot for layer in config.residuals or [] for kind in layer.values() for slot in kind}
-    if norm.pointwise and slots & {"entry", "inner", "post", "out"}:
+    normed = {
+        slot
+        for pair in config.residual_specs()
+        for spec in pair
+        for slot, held in spec.slots().items()
+        if held.op == norm.op
+    }
+    if norm.pointwise and normed & {"entry", "inner", "post", "out"}:
         doubts.append(
             f"{norm.op} bounds features but does not normalize them, as {rule.name} assumes"
         )

@@ -24,6 +24,7 @@ from llmnorm.modeling.residual import (
     Shared,
     build_slot,
 )
+from llmnorm.modeling.streams import build_streams
 
 
 def self_test(model: nn.Module, *, fresh: bool) -> None:
@@ -44,8 +45,8 @@ def self_test(model: nn.Module, *, fresh: bool) -> None:
         if inner is None:
             raise SelfTestError(f"{type(causal).__name__} is no llmnorm model")
         causal = inner
-    _check_slots(causal, fresh=False)
     _check_joints(causal)
+    _check_slots(causal, fresh=False)
     _check_embedding(causal, fresh=False)
     _check_buffers(causal)
     _check_parameters(causal)
@@ -129,10 +130,16 @@ def _check_joints(model: Any) -> None:
                     f"{name} reads {seen[0]} and skips {seen[1]}; the scheme promises "
                     f"{spec.reads} and {spec.skips}"
                 )
-    streams, promised = model.model.streams, model.config.streams_spec()
-    scale = None if promised is None else promised.scale
-    if getattr(streams, "scale", None) != scale:
-        raise SelfTestError(f"model.streams is {streams}; the scheme promises scale {scale}")
+    streams = model.model.streams
+    promised = build_streams(model.config.streams_spec(), model.config.hidden_size)
+    if type(streams) is not type(promised):
+        raise SelfTestError(
+            f"model.streams is {type(streams).__name__}; "
+            f"the scheme promises {type(promised).__name__}"
+        )
+    scale, wanted = (getattr(module, "scale", 1.0) for module in (streams, promised))
+    if scale != wanted:
+        raise SelfTestError(f"model.streams.scale is {scale}; the scheme promises {wanted}")
 
 
 def _check_embedding(model: Any, *, fresh: bool) -> None:

@@ -20,7 +20,7 @@ from .initialization import InitSpec
 from .lerp import Lerp  # noqa: F401 (enters the residual modules)
 from .operations import check_kind, check_positive, read_choice
 from .parametrization import Parametrization
-from .residual import ATTENTION_SLOTS, NormSpec, ResidualSpec, parse_layer
+from .residual import ATTENTION_SLOTS, RESIDUALS, NormSpec, ResidualSpec, parse_layer
 from .reuse import ReusedMeanSquare  # noqa: F401 (enters the residual modules)
 from .rotary import POSITIONS
 from .streams import StreamsSpec
@@ -215,7 +215,15 @@ class LlmNormConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}; apply the placement again (llmnorm.build_config)"
             )
         self._check_seal()
-        return [parse_layer(layer) for layer in self.residuals]
+        layers = [parse_layer(layer) for layer in self.residuals]
+        streams = 1 if self.streams is None else 2
+        for module in {spec.module for pair in layers for spec in pair}:
+            if RESIDUALS[module].streams != streams:
+                raise ValueError(
+                    f"residual module {module} joins {RESIDUALS[module].streams} stream(s), but "
+                    f"the config opens {streams}; `streams` and the residuals belong together"
+                )
+        return layers
 
     def final_norm_spec(self) -> NormSpec | None:
         """The norm before the head, or None."""

@@ -22,6 +22,8 @@ class Lerp(Residual):
     Source: Loshchilov et al., "nGPT", 2024, arXiv:2410.01131, equations 10 and 11.
     """
 
+    extra = ("first",)
+
     def forward(
         self,
         x: torch.Tensor,

@@ -17,7 +17,7 @@ diagram. Joints that are no slots (`lerp.py`, `streams.py`) subclass `Residual` 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -147,6 +147,11 @@ class ResidualSpec:
         if self.module not in RESIDUALS:
             known = ", ".join(sorted(RESIDUALS))
             raise ValueError(f"unknown residual module {self.module!r}; known: {known}")
+        joint = RESIDUALS[self.module]
+        for slot in {"first", "second"} & set(self.slots()) - set(joint.extra):
+            raise ValueError(f"residual module {self.module} has no slot {slot}")
+        if joint.streams > 1 and (self.reads, self.skips) != ("stream", "stream"):
+            raise ValueError(f"residual module {self.module} reads and skips its own streams alone")
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "ResidualSpec":
@@ -198,7 +203,10 @@ def parse_layer(layer: Mapping[str, Any]) -> tuple[ResidualSpec, ResidualSpec]:
             raise ValueError(f"attention's slot {slot} is shared; only the mlp's can be")
     for slot, spec_ in mlp.slots().items():
         if spec_.shared and replace(spec_, shared=False) != getattr(attn, slot):
-            raise ValueError(f"the mlp's slot {slot} is shared, but attention's holds another norm")
+            raise ValueError(
+                f"the mlp's slot {slot} is shared, but attention's holds another norm or other "
+                "options; give both the same"
+            )
     return attn, mlp
 
 
@@ -258,6 +266,8 @@ class Residual(nn.Module):
         block: for the mlp's residual, the block as built so far: `attn_residual`, `self_attn`.
     """
 
+    streams: ClassVar[int] = 1
+    extra: ClassVar[tuple[str, ...]] = ()  # which of the slots `first` and `second` it has
     entry: nn.Module
     pre: nn.Module
     post: nn.Module

@@ -94,6 +94,9 @@ class ResidualDual(Residual):
     Source: Xie et al., "ResiDual", 2023, arXiv:2304.14802.
     """
 
+    streams = 2
+    extra = ("second",)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -118,6 +121,9 @@ class Siamese(Residual):
 
     Source: "SiameseNorm", 2026, arXiv:2602.08064, algorithm 1.
     """
+
+    streams = 2
+    extra = ("first", "second")
 
     def forward(
         self,

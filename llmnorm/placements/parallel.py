@@ -15,8 +15,8 @@ class Parallel(Placement):
     Identical to Pre-LN except: the mlp reads the block's input, not attention's sum.
 
     Args:
-        shared_norm: one norm for both (GPT-J, PaLM); false: one each (GPT-NeoX). A norm whose
-            options differ between the two (dyt's alpha in wide models) cannot be shared.
+        shared_norm: one norm for both (GPT-J, PaLM), with attention's options where a norm has
+            others at the mlp (dyt's alpha in wide models); false: one each (GPT-NeoX).
 
     Which of the three shares its norm is stated from memory.
 

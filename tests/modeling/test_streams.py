@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
-from llmnorm import LlmNormForCausalLM, build_config, build_model, self_test
+from llmnorm import LlmNormConfig, LlmNormForCausalLM, build_config, build_model, self_test
 from llmnorm.errors import SelfTestError
 from llmnorm.modeling.gains import Constant
 from llmnorm.modeling.residual import NormSpec, ResidualSpec, build_residual
@@ -238,7 +238,7 @@ def undo_the_divisor_of_layer_2(model: Any) -> None:
 
 
 def join_one_stream(model: Any) -> None:
-    spec = replace(model.config.residual_specs()[2][0], module="residual")
+    spec = replace(model.config.residual_specs()[2][0], module="residual", second=None)
     model.model.layers[2].attn_residual = build_residual(spec, SHAPE["hidden_size"])
 
 
@@ -260,7 +260,7 @@ def start_at_another_rate(model: Any) -> None:
     [
         ("residual_dual", lose_the_second_norm, "model.streams.second is Identity"),
         ("siamese_norm", lose_the_second_norm, "model.streams.second is Identity"),
-        ("residual_dual", open_at_another_scale, "promises scale 0.5"),
+        ("residual_dual", open_at_another_scale, "promises 0.5"),
         ("residual_dual", normalize_with_another_eps, "model.streams.second.eps is 1e-06"),
         ("siamese_norm", undo_the_divisor_of_layer_2, r"1.mlp_residual.post.value is 1\.0"),
         ("residual_dual", join_one_stream, "2.attn_residual is Residual; the scheme promises"),
@@ -277,3 +277,31 @@ def test_the_self_test_finds_a_broken_joint(
     for fresh in (True, False):
         with pytest.raises(SelfTestError, match=message):
             self_test(model, fresh=fresh)
+
+
+@pytest.mark.fast
+def test_streams_and_residual_modules_belong_together() -> None:
+    """Else one stream would be cut in two in forward, or two be joined as if they were a batch."""
+    config = joint("residual_dual").config
+    hand_made = {"placement": None, "norm": None, "wiring": None}
+    alone = config.to_dict() | hand_made | {"streams": None}
+    with pytest.raises(ValueError, match=r"residual_dual joins 2 stream\(s\), but the config"):
+        LlmNormConfig(**alone).residual_specs()
+    both = build_config(SHAPE).to_dict() | hand_made | {"streams": config.streams}
+    with pytest.raises(ValueError, match=r"residual joins 1 stream\(s\), but the config opens 2"):
+        LlmNormConfig(**both).residual_specs()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"second": {"op": "rmsnorm"}}, "module residual has no slot second"),
+        ({"module": "residual_dual", "skips": "block"}, "its own streams alone"),
+    ],
+)
+def test_what_a_residual_module_would_ignore_is_refused(
+    words: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResidualSpec.parse(words)

@@ -22,7 +22,15 @@ def post_layers(fraction: float, depth: int) -> int:
         kinds = {
             frozenset(
                 rule.residual(
-                    Site(kind=kind, layer_idx=layer_idx, depth=depth, num_attention_heads=4), norm
+                    Site(
+                        kind=kind,
+                        layer_idx=layer_idx,
+                        depth=depth,
+                        num_attention_heads=4,
+                        hidden_size=32,
+                        head_dim=8,
+                    ),
+                    norm,
                 ).slots()
             )
             for kind in ("attn", "mlp")

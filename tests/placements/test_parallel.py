@@ -6,7 +6,6 @@ from schemes import SHAPE, tokens
 from wiring import assert_follows, attention, mlp, model_of, names_in_layers, norm_names, rms
 
 from llmnorm import build_config, build_model
-from llmnorm.errors import ConfigError
 
 pytestmark = pytest.mark.fast
 
@@ -49,13 +48,14 @@ def test_the_shared_norm_gets_the_gradients_of_both_sublayers() -> None:
         torch.testing.assert_close(one.attn_residual.pre.weight.grad, both)
 
 
-def test_a_norm_whose_options_differ_between_the_sublayers_cannot_be_shared() -> None:
+def test_a_shared_norm_has_attentions_options() -> None:
     """DyT's alpha at width 4096 is 0.8 for attention, 0.2 for the mlp."""
     wide = SHAPE | {"hidden_size": 4096, "num_hidden_layers": 1}
-    with pytest.raises(ConfigError, match="slot pre is shared, but attention's holds another"):
-        build_config(wide, norm="dyt", placement="parallel")
-    build_config(wide, norm="dyt", placement={"name": "parallel", "shared_norm": False})
-    build_config(wide, norm={"op": "dyt", "alpha": 0.5}, placement="parallel")
+    for shared, alpha in ((True, 0.8), (False, 0.2)):
+        placement = {"name": "parallel", "shared_norm": shared}
+        [layer] = build_config(wide, norm="dyt", placement=placement).residuals
+        assert layer["attn"]["pre"]["alpha"] == pytest.approx(0.8)
+        assert layer["mlp"]["pre"]["alpha"] == pytest.approx(alpha)
 
 
 def test_one_alpha_for_both_is_shared() -> None:
