@@ -172,7 +172,7 @@ def test_words_survive_a_round_trip_and_their_defaults_are_left_out() -> None:
     [
         ({"reads": "input"}, "reads is 'input'; expected stream or block"),
         ({"skips": None}, "skips is None; expected stream or block"),
-        ({"module": "residul"}, "unknown residual module 'residul'; known: lerp, residual"),
+        ({"module": "residul"}, "unknown residual module 'residul'; known: bhyt, lerp, residual"),
         ({"gate": {"op": "gain", "shared": True}}, "slot gate cannot be shared"),
         ({"q_rotated": {"op": "rmsnorm", "per_head": True}}, "per_head is for slots q, k and v"),
         ({"pre": {"op": "gain", "shared": "yes"}}, "shared is 'yes'; expected true or false"),
@@ -265,7 +265,8 @@ def test_scaling_twice_multiplies_and_leaves_the_first_spec_alone() -> None:
 
 
 def test_every_registered_operation_can_fill_a_slot() -> None:
-    options = {"constant": {"value": 0.5}, "head_gain": {"heads": 2}, "prmsnorm": {"p": 0.5}}
+    options = {"constant": {"value": 0.5}, "head_gain": {"heads": 2}}
+    options["profiled_gain"] = {"value": 0.5}  # unmeasured, it is NaN
     for name in OPERATIONS:
         spec = NormSpec(op=name, options=options.get(name, {}))
         residual = Residual(ResidualSpec(post=spec), DIM).double()
