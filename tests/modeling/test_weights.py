@@ -12,8 +12,7 @@ from torch.nn.functional import linear as apply_linear
 from llmnorm import LlmNormForCausalLM, build_config, build_model
 from llmnorm.errors import ConfigError
 from llmnorm.modeling.weights import UnitRowLinear, WeightNormLinear, WeightSpec, unit_dim
-
-pytestmark = pytest.mark.fast
+from llmnorm.testing import check_scheme
 
 
 def _layer(bias: bool = True) -> WeightNormLinear:
@@ -33,6 +32,7 @@ def _input() -> torch.Tensor:
 # --- weight normalization ---------------------------------------------------------------------
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_norm_gives_every_row_its_learned_length(bias: bool) -> None:
     layer, x = _layer(bias), _input()
@@ -44,6 +44,7 @@ def test_weight_norm_gives_every_row_its_learned_length(bias: bool) -> None:
     torch.testing.assert_close(layer(x), wanted, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.fast
 def test_its_gradients_are_the_papers_equation_3() -> None:
     """With G the gradient of the product matrix: dg = G . v/|v|; dv = g/|v| (G - dg v/|v|)."""
     layer, x = _layer(), _input()
@@ -68,6 +69,7 @@ def test_its_gradients_are_the_papers_equation_3() -> None:
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values))
 
 
+@pytest.mark.fast
 def test_the_length_of_v_means_nothing() -> None:
     layer, x = _layer(), _input()
     wanted = layer(x)
@@ -76,6 +78,7 @@ def test_the_length_of_v_means_nothing() -> None:
     torch.testing.assert_close(layer(x), wanted, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("placement", ["pre_ln", "deepnorm"])
 def test_a_model_under_weight_norm_starts_as_the_plain_one(placement: str) -> None:
     config = {"placement": placement, "attention_bias": True}
@@ -92,6 +95,7 @@ def test_a_model_under_weight_norm_starts_as_the_plain_one(placement: str) -> No
     torch.testing.assert_close(other, one, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.fast
 def test_weight_norm_survives_saving_loading_and_the_meta_device(tmp_path: Path) -> None:
     config = build_config(SHAPE, weights="weight_norm")
     model = build_model(config, seed=2)
@@ -115,6 +119,7 @@ def test_weight_norm_survives_saving_loading_and_the_meta_device(tmp_path: Path)
         assert torch.equal(empty.state_dict()[name], weight), name
 
 
+@pytest.mark.fast
 def test_lengths_missing_from_a_plain_checkpoint_are_those_of_its_rows(tmp_path: Path) -> None:
     plain = build_model(build_config(SHAPE), seed=2).eval()
     plain.save_pretrained(tmp_path)
@@ -128,9 +133,16 @@ def test_lengths_missing_from_a_plain_checkpoint_are_those_of_its_rows(tmp_path:
     torch.testing.assert_close(loaded(tokens()).logits, wanted, **TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("weights", ["weight_norm", "unit"])
+def test_the_facts_of_every_scheme_hold_under_it(weights: str) -> None:
+    """Loading without llmnorm, compiled as eager, bfloat16 finite, and the rest."""
+    check_scheme("pre_ln", weights=weights, parametrization={"name": "mup", "base_width": 16})
+
+
 # --- unit rows --------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_unit_rows_lie_along_the_hidden_axis() -> None:
     assert unit_dim("model.layers.3.mlp.down_proj") == unit_dim("o_proj") == 0
     for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
@@ -138,6 +150,7 @@ def test_unit_rows_lie_along_the_hidden_axis() -> None:
     assert unit_dim("model.embed_tokens") == unit_dim("lm_head") == 1
 
 
+@pytest.mark.fast
 def test_the_scaled_draws_of_unit_rows_are_those_of_the_plain_model() -> None:
     plain = build_model(build_config(SHAPE), seed=2).state_dict()
     unit = build_model(build_config(SHAPE, weights="unit"), seed=2).state_dict()
@@ -148,6 +161,7 @@ def test_the_scaled_draws_of_unit_rows_are_those_of_the_plain_model() -> None:
             torch.testing.assert_close(weight, wanted)
 
 
+@pytest.mark.fast
 def test_a_unit_row_head_scores_with_directions_alone() -> None:
     head, x = UnitRowLinear(5, 3, bias=False).double(), _input()
     wanted = torch.stack([x @ row / row.square().sum().sqrt() for row in head.weight], dim=1)
@@ -158,6 +172,7 @@ def test_a_unit_row_head_scores_with_directions_alone() -> None:
     assert torch.autograd.gradcheck(lambda given: head(given), x.requires_grad_())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("norm", "tied", "head"),
     [
@@ -177,6 +192,7 @@ def test_the_head_has_unit_rows_where_it_is_a_fixnorm_embedding(
 # --- errors -----------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -193,6 +209,7 @@ def test_what_cannot_be_is_refused_by_name(value: Any, message: str) -> None:
         build_config(SHAPE, weights=value)
 
 
+@pytest.mark.fast
 def test_a_spec_reads_its_options() -> None:
     assert WeightSpec.parse({"kind": "lawn", "free_steps": 100}).free_steps == 100
     assert WeightSpec.parse("project").interval_steps == 1

@@ -1,6 +1,7 @@
 """Admin: Post-LN with skips that start as large as the branches before them add (Liu et al.)."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from wiring import assert_follows, attention, mlp, model_of, names_in_layers, no
 from llmnorm import LlmNormForCausalLM, build_config, build_model, self_test
 from llmnorm.calibration import calibrated
 from llmnorm.errors import SelfTestError
+from llmnorm.training.weights import load_weights
 
 pytestmark = pytest.mark.fast
 
@@ -95,10 +97,19 @@ def test_schemes_without_measured_starts_keep_their_very_config() -> None:
     assert build_model(config).config is config
 
 
-def test_a_saved_model_carries_its_starts(tmp_path: object) -> None:
+def test_a_saved_model_carries_its_starts(tmp_path: Path) -> None:
     model = build_model(build_config(SHAPE, **LARGE))
     model.save_pretrained(tmp_path)
     loaded = LlmNormForCausalLM.from_pretrained(tmp_path)
     assert starts(loaded) == starts(model)
     self_test(loaded, fresh=True)
     assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_a_run_of_another_seed_may_start_from_its_weights(tmp_path: Path) -> None:
+    """Starts measured on each seed's own weights would make it another scheme."""
+    config = build_config(SHAPE, **LARGE)
+    first, second = build_model(config, seed=0), build_model(config, seed=1)
+    first.save_pretrained(tmp_path)
+    load_weights(second, tmp_path)
+    assert torch.equal(second.lm_head.weight, first.lm_head.weight)
