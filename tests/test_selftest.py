@@ -1,5 +1,6 @@
 """Every promise that self_test checks, broken once: each must raise and name the module."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from llmnorm import LlmNormForCausalLM, build_config, build_model, self_test
 from llmnorm.errors import SelfTestError
 from llmnorm.modeling.gains import Constant, Gain
 from llmnorm.modeling.norms import DyT, LayerNorm, RMSNorm
+from llmnorm.modeling.residual import RESIDUALS, Residual
 
 pytestmark = pytest.mark.fast
 
@@ -213,6 +215,92 @@ def test_mixed_dtypes_are_named() -> None:
     model = fresh()
     model.model.layers[2].mlp.down_proj.bfloat16()
     message = r"parameters differ in dtype .*model\.layers\.2\.mlp\.down_proj\.weight is torch\.bf"
+    assert_broken(model, message, trained_too=True)
+
+
+# --- joints, shared slots, streams, logits ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "placement"), [("attn", "pre_ln"), ("mlp", "deepnorm")])
+def test_another_residual_module_is_named(name: str, placement: str) -> None:
+    model = fresh(placement)
+    model.model.get_submodule(f"layers.2.{name}_residual").__class__ = RESIDUALS["lerp"]
+    message = rf"layers\.2\.{name}_residual is Lerp; the scheme promises residual"
+    assert_broken(model, message, trained_too=True)
+
+
+def test_a_scheme_of_its_own_residual_module_on_the_ordinary_one_is_named() -> None:
+    model = fresh("ngpt", "l2norm")
+    model.model.layers[1].mlp_residual.__class__ = Residual
+    message = r"layers\.1\.mlp_residual is Residual; the scheme promises lerp"
+    assert_broken(model, message, trained_too=True)
+
+
+@pytest.mark.parametrize("word", ["reads", "skips"])
+@pytest.mark.parametrize("placement", ["pre_ln", "parallel"])
+def test_a_branch_that_reads_or_skips_elsewhere_is_named(placement: str, word: str) -> None:
+    model = fresh(placement)
+    joint = model.model.layers[3].mlp_residual
+    setattr(joint, word, 1 - getattr(joint, word))
+    message = r"layers\.3\.mlp_residual reads (stream|block) and skips (stream|block); the scheme"
+    assert_broken(model, message, trained_too=True)
+
+
+def test_a_shared_module_that_was_parted_is_named() -> None:
+    model = fresh("parallel")
+    layer = model.model.layers[1]
+    layer.mlp_residual.pre = copy.deepcopy(layer.attn_residual.pre)
+    message = r"layers\.1\.mlp_residual\.pre is not the module that attention's slot holds"
+    assert_broken(model, message, trained_too=True)
+
+
+def test_a_shared_module_of_another_layer_is_named() -> None:
+    model = fresh("parallel")
+    layers = model.model.layers
+    layers[1].mlp_residual.pre = layers[2].mlp_residual.pre
+    message = r"layers\.1\.mlp_residual\.pre is not the module that attention's slot holds"
+    assert_broken(model, message, trained_too=True)
+
+
+def test_a_lost_or_another_second_stream_is_named() -> None:
+    model = fresh("residual_dual")
+    model.model.streams.scale = 0.5
+    assert_broken(model, r"model\.streams.*promises", trained_too=True)
+    model = fresh("residual_dual")
+    model.model.streams.second = nn.Identity()
+    assert_broken(model, r"model\.streams\.second is Identity; the scheme", trained_too=True)
+    model = fresh()
+    model.model.streams = fresh("residual_dual").model.streams
+    assert_broken(model, r"streams", trained_too=True)
+
+
+def test_lost_or_other_logits_are_named() -> None:
+    mup = {"name": "mup", "base_width": 32}
+    model = fresh(parametrization=mup)
+    assert model.logits.value == 0.5
+    model.logits.value = 1.0
+    message = r"logits\.value is 1\.0; the scheme promises 0\.5"
+    assert_broken(model, message, trained_too=True)
+    model.logits = nn.Identity()
+    message = r"logits is Identity; the scheme promises Constant"
+    assert_broken(model, message, trained_too=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        ({"qk_norm": {"layout": "per_head", "rope": "after"}}, "self_attn.q_rotated"),
+        ({"qk_norm": {"layout": "per_head", "rope": "after"}}, "self_attn.k_rotated"),
+        ({"qk_norm": {"layout": "per_head", "value": True}}, "self_attn.v_norm"),
+        ({"placement": "sdd"}, "mlp.up"),
+        ({"placement": "sdd"}, "mlp.gate"),
+        ({"placement": "skip_init"}, "mlp_residual.post"),
+    ],
+)
+def test_a_lost_module_of_a_newer_slot_is_named(scheme: dict[str, Any], name: str) -> None:
+    model = fresh(**scheme)
+    model.model.layers[1].set_submodule(name, nn.Identity())
+    message = rf"layers\.1\.{name} is Identity; the scheme promises"
     assert_broken(model, message, trained_too=True)
 
 
