@@ -26,7 +26,7 @@ Mean = Callable[[Tensor], Tensor]
 class Matrix:
     """A weight under a rule; `length` is the Frobenius norm that its init is expected to have."""
 
-    weight: nn.Parameter
+    weight: Tensor
     unit_dim: int
     length: float
     in_block: bool
