@@ -179,6 +179,57 @@ def test_the_norm_on_queries_acts_before_rope() -> None:
     assert (query[:, :, 1:, 0] != 0).all()  # the pair (0, 4) is mixed after the norm
 
 
+def heads_seen(model: LlmNormForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys (batch, heads, seq, head_dim) of the first layer, as they are compared."""
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].self_attn.core.register_forward_pre_hook(
+        lambda _m, args: seen.extend(args[1:3])
+    )
+    model(tokens())
+    return seen[0], seen[1]
+
+
+def test_the_norm_on_queries_and_keys_can_act_after_rope() -> None:
+    """Without a gain both orders are the same; a gain after RoPE multiplies the turned features."""
+    layouts = {
+        rope: {"layout": "per_head", "op": "rmsnorm", "rope": rope} for rope in ("before", "after")
+    }
+    before, after = (
+        build_model(build_config(SHAPE, qk_norm=layout, num_hidden_layers=1)).double()
+        for layout in layouts.values()
+    )
+    for one, two in zip(heads_seen(before), heads_seen(after), strict=True):
+        torch.testing.assert_close(one, two)
+    attn = after.model.layers[0].self_attn
+    assert type(attn.q_norm) is type(attn.k_norm) is torch.nn.Identity
+    plain = [part.clone() for part in heads_seen(after)]
+    with torch.no_grad():
+        attn.q_rotated.weight[0], attn.k_rotated.weight[0] = 0.0, 2.0
+    query, key = heads_seen(after)
+    assert (query[..., 0] == 0).all()  # at every position, unlike before RoPE
+    torch.testing.assert_close(key[..., 0], 2 * plain[1][..., 0])
+    torch.testing.assert_close(query[..., 1:], plain[0][..., 1:])
+
+
+@pytest.mark.parametrize(("layout", "width"), [("per_head", 8), ("full_width", 16)])
+def test_qkv_norm_normalizes_values_too(layout: str, width: int) -> None:
+    chosen = {"layout": layout, "op": "rmsnorm", "value": True}
+    model = build_model(build_config(SHAPE, qk_norm=chosen))
+    attn = model.model.layers[2].self_attn
+    assert type(attn.v_norm).__name__ == "RMSNorm"
+    assert attn.v_norm.weight.shape == (width,)
+    with torch.no_grad():
+        attn.v_proj.weight *= 100
+        wanted = model(tokens()).logits
+        attn.v_proj.weight *= 100
+    torch.testing.assert_close(model(tokens()).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_norm_on_queries_beside_the_placements_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hybrid_norm fills slot . itself; set qk_norm"):
+        build_config(SHAPE, placement="hybrid_norm", qk_norm="full_width")
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -203,6 +254,16 @@ def test_the_norm_on_queries_acts_before_rope() -> None:
         ({"qk_norm": {"op": "rmsnorm"}}, "qk_norm has options"),
         ({"qk_norm": {"layout": "per_head", "op": "rmsnrom"}}, "did you mean 'rmsnorm'"),
         ({"qk_norm": {"layout": "per_head", "epsilon": 1}}, "no option 'epsilon'"),
+        (
+            {"qk_norm": {"layout": "full_width", "rope": "after"}},
+            "qk_norm after RoPE is per head; its layout is 'full_width'",
+        ),
+        ({"qk_norm": {"layout": "per_head", "rope": "behind"}}, "qk_norm.rope is 'behind'"),
+        ({"qk_norm": {"layout": "per_head", "value": 1}}, "qk_norm.value is 1; expected true"),
+        ({"weights": "spectral"}, "weights is 'spectral'; expected one of plain, weight_norm"),
+        ({"parametrization": "mupp"}, "parametrization is 'mupp'; expected standard or mup"),
+        ({"logits": {"op": "gain"}}, "logits is set by the scheme"),
+        ({"streams": {"scale": 1.0}}, "streams is set by the scheme"),
         ({"embedding": "scaled"}, "embedding is 'scaled'; expected one of raw, scale, norm"),
         ({"init": "xavier"}, "unknown init 'xavier'; known: plain"),
         ({"mlp": "swiglu"}, "mlp is 'swiglu'; expected one of gated, plain"),

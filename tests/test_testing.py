@@ -21,10 +21,6 @@ from llmnorm.testing.saving import check_loading, load_as_stranger
 QUICK = ("build", "gradients")
 
 
-def scheme(norm: str, placement: str) -> Scheme:
-    return Scheme(norm=norm, placement=placement, options={"qk_norm": "per_head"})
-
-
 # --- the suite over all schemes ---------------------------------------------------------------
 
 
@@ -45,8 +41,9 @@ def test_every_norm_and_every_placement_passes(norm: str, placement: str, check:
 def test_every_pair_trains_saves_and_loads(placement: str, tmp_path: Path) -> None:
     for norm, other in REST:
         if other == placement:
-            run_check("gradients", Scheme(norm=norm, placement=placement))
-            check_loading(scheme(norm, placement), tmp_path / norm)
+            scheme = Scheme(norm=norm, placement=placement)
+            run_check("gradients", scheme)
+            check_loading(scheme, tmp_path / norm)
 
 
 def test_every_norm_and_every_placement_loads_bit_equal_without_llmnorm(tmp_path: Path) -> None:

@@ -396,7 +396,7 @@ def test_a_value_that_cannot_be_meant_is_refused(field: str, value: Any) -> None
 def test_every_scheme_survives_saving_and_loading(
     norm: str, placement: str, tmp_path: Path
 ) -> None:
-    config = build_config(SHAPE, norm=norm, placement=placement, qk_norm="per_head")
+    config = build_config(SHAPE, norm=norm, placement=placement)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     for field in fields(LlmNormConfig):

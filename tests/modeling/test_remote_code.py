@@ -49,7 +49,7 @@ print(json.dumps(equal))
 def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp_path):
     saved = tmp_path / "saved"
     for norm, placement in KINDS:
-        config = build_config(SHAPE, norm=norm, placement=placement, qk_norm="full_width")
+        config = build_config(SHAPE, norm=norm, placement=placement)
         model = build_model(config, seed=2).eval()
         model.save_pretrained(saved / f"{norm}-{placement}")
         tensors = {"ids": IDS, "logits": model(IDS).logits.detach()}
