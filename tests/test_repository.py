@@ -36,6 +36,7 @@ LAYERS = {
     "build": 4,
     "": 5,  # llmnorm/__init__.py, the public API
     "config": 6,
+    "testing": 6,
     "data": 6,
     "drawing": 6,
     "recipes": 6,

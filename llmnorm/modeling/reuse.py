@@ -57,10 +57,16 @@ class ReusedMeanSquare(Residual):
         """What attention is taken to add to the mean square: c (lam / kappa)^2, shape (1,)."""
         norm, attention = self._elsewhere
         lam, v, o = (
-            parameter.detach().to(compute_dtype(parameter))
+            _whole(parameter).to(compute_dtype(parameter))
             for parameter in (norm.lam, attention.v_proj.weight, attention.o_proj.weight)
         )
         heads = (-1, attention.num_key_value_groups, attention.head_dim)
         o = o.unflatten(1, heads).sum(2).flatten(1)  # (hidden, kv_heads * head_dim)
         product = ((o.mT @ o) * (v @ v.mT)).sum()  # |W_V^T W_O^T|_F^2, heads of a group share W_V
         return self.first(product) * (lam / norm.kappa).square()
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    """The values of a parameter without its gradient, gathered if it is sharded."""
+    values = parameter.detach()
+    return values.full_tensor() if hasattr(values, "full_tensor") else values

@@ -22,6 +22,12 @@ SCHEMES = {
     "gathered attention and mlp": {"placement": "sub_ln"},
     "head gains": {"placement": "normformer", "norm": "derf"},
     "plain mlp": {"placement": "lns", "mlp": "plain", "hidden_act": "gelu"},
+    "rotated": {"qk_norm": {"layout": "per_head", "rope": "after"}},
+    "gates": {"placement": "sdd"},
+    "shared": {"placement": "parallel"},
+    "two streams": {"placement": "siamese_norm"},
+    "sphere": {"placement": "ngpt", "norm": "l2norm"},
+    "reused statistic": {"placement": "bhyt", "norm": "bhyt"},
 }
 WORKER = """
 import json, os, sys
