@@ -33,6 +33,19 @@ for parameter, factor in ((mlp.up_proj.weight, 1.3), (norm.weight, 0.9), (norm.a
         said.append(str(error))
     with torch.no_grad():
         parameter.div_(factor)
+ids = torch.arange(18).view(2, 9)
+for placement, norm in (("parallel", "rmsnorm"), ("residual_dual", "rmsnorm"), ("bhyt", "bhyt")):
+    model = build_model(build_config(shape, norm=norm, placement=placement), seed=1)
+    wanted = model(ids, labels=ids).loss.item()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    self_test(model, fresh=True)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert abs(loss.item() - wanted) < 1e-5, (placement, loss.item(), wanted)
+    assert all(parameter.grad is not None for parameter in model.parameters()), placement
+    said.append(placement)
 print("SAID " + " | ".join(said), flush=True)
 torch.distributed.barrier()
 os._exit(0)
@@ -40,11 +53,12 @@ os._exit(0)
 
 
 @pytest.mark.timeout(120)
-def test_a_broken_promise_is_found_in_shards(tmp_path, run_ranks):
+def test_a_broken_promise_is_found_in_shards_and_kept_ones_are_not(tmp_path, run_ranks):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     outputs = run_ranks(script)
-    matrix, gain, alpha = outputs[0].rpartition("SAID ")[2].split(" | ")
+    matrix, gain, alpha, *schemes = outputs[0].rpartition("SAID ")[2].split(" | ")
     assert "layers.1.mlp.up_proj.weight starts with std" in matrix
     assert "layers.1.mlp_residual.out.weight starts at 0.9; the scheme promises 1" in gain
     assert "layers.1.mlp_residual.out.alpha starts at 0.5; the scheme promises 1" in alpha
+    assert [scheme.strip() for scheme in schemes] == ["parallel", "residual_dual", "bhyt"]
