@@ -73,7 +73,8 @@ def check_scheme(
         name: a placement, or a norm (which is then checked with pre_ln), registered anywhere; as in
             `build_config` a mapping carries options. A name of both means the placement.
         norm: norm of the placement; by default rmsnorm, or the first that the placement accepts.
-        **options: further arguments of `build_config`, shape fields too.
+        **options: further arguments of `build_config`; shape fields replace those of `SHAPE`, whose
+            vocabulary may not shrink.
 
     Raises:
         CheckError: naming the first check that fails, what was seen and what was expected.

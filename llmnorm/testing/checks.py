@@ -99,7 +99,7 @@ def check_generation(scheme: Scheme) -> str:
 
 def check_checkpointing(scheme: Scheme) -> str:
     """Activation checkpointing changes no bit of a gradient."""
-    model = scheme.model()
+    model = scheme.moved().float()
     _backward(model)
     plain = _gradients(model)
     model.zero_grad()
@@ -117,7 +117,7 @@ def check_compilation(scheme: Scheme, backend: str = "aot_eager", **fields: Any)
     Two, because numbers that differ between layers cost one more compilation; more would mean one
     a layer, until torch gives up at eight.
     """
-    model, counter = scheme.model(**fields), _CountedBackend(backend)
+    model, counter = scheme.moved(**fields).float(), _CountedBackend(backend)
     eager = model(_IDS, labels=_IDS, use_cache=False)
     eager.loss.backward()
     plain = _gradients(model)

@@ -62,7 +62,7 @@ def _defects(model: Any) -> Iterator[tuple[str, AbstractContextManager[None]]]:
         yield "streams opened at another scale", _changed(model.model.streams, "scale")
     if type(model.model.embedding_scale) is not nn.Identity:
         yield "a lost scale of the embedding", _replaced(model, "model.embedding_scale")
-    for name, matrix in model.model.layers[1].named_modules():
+    for name, matrix in model.model.layers[-1].named_modules():
         if isinstance(matrix, nn.Linear):
             yield f"{name} drawn too wide", _widened(matrix.weight)
 
