@@ -232,6 +232,22 @@ def test_a_scheme_whose_weights_are_folded_is_the_other_scheme(name: str) -> Non
     assert_becomes(source, target, state)
 
 
+def test_unit_queries_and_keys_are_compared_by_their_cosine_times_g() -> None:
+    """Gains that start at sqrt(g sqrt(head_dim)) start g, QKNorm's factor, at any number."""
+    g = 16.0
+    weight_init = (g * HEAD_DIM**0.5) ** 0.5
+    model = model_of("pre_ln", depth=1, qk_norm=COSINE | {"weight_init": weight_init})
+    attention, seen = model.model.layers[0].self_attn, []
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.reset_parameters()
+    attention.core.register_forward_pre_hook(lambda _, given: seen.extend(given[1:3]))
+    model(tokens())
+    query, key = seen[0], seen[1].repeat_interleave(2, dim=1)  # (batch, heads, seq, head_dim)
+    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) * attention.scaling
+    cosines = torch.cosine_similarity(query[:, :, :, None], key[:, :, None], dim=-1)
+    torch.testing.assert_close(scores, g * cosines, **TOLERANCE[torch.float64])
+
+
 # --- GPAS -------------------------------------------------------------------------------------
 
 
@@ -253,9 +269,8 @@ def gates_folded(state: State) -> None:
 def gated() -> LlmNormForCausalLM:
     """GPAS over Pre-LN, the sublayers of its second layer each turning the stream around."""
     model = model_of("gpas", norm=TINY)
-    with torch.no_grad():
-        for layer, gate in zip(model.model.layers, (0.4, 1.7, -0.6, 0.2), strict=True):
-            layer.attn_residual.out.gate.fill_(gate)
+    for layer, gate in zip(model.model.layers, (0.4, 1.7, -0.6, 0.2), strict=True):
+        layer.attn_residual.out.gate.data.fill_(gate)
     return model
 
 
@@ -286,10 +301,9 @@ def test_a_tapered_model_is_one_without_any_norm() -> None:
     """With closed gates each norm is a gain c w', which the columns of its readers take."""
     source = model_of("pre_ln", norm={"op": "tapernorm", "final": "taper"})
     target = model_of("pre_ln", norm="none")
-    with torch.no_grad():
-        for name, parameter in source.named_parameters():
-            if name.endswith(".gate"):
-                parameter.zero_()
+    for name, parameter in source.named_parameters():
+        if name.endswith(".gate"):
+            parameter.data.zero_()
     state = state_of(source)
     for norm, readers in norms_and_readers().items():
         gain = state[f"{norm}c"] * state[f"{norm}taper_weight"]
@@ -313,9 +327,8 @@ def test_keels_inner_norm_is_linear_after_an_outer_norm_of_scalar_gain() -> None
     inner = RMSNorm(WIDTH, eps=1e-30).double()
     scalar = RMSNorm(WIDTH, eps=1e-30, gain="scalar", weight_init=1.7).double()
     vector = RMSNorm(WIDTH, eps=1e-30).double()
-    with torch.no_grad():
-        inner.weight.copy_(torch.linspace(0.5, 2, WIDTH))
-        vector.weight.copy_(torch.linspace(0.5, 2, WIDTH).flip(0))
+    inner.weight.data.copy_(torch.linspace(0.5, 2, WIDTH))
+    vector.weight.data.copy_(torch.linspace(0.5, 2, WIDTH).flip(0))
     torch.testing.assert_close(inner(scalar(x)), scalar(x) * inner.weight / 1.7)
     ratios = inner(vector(x)) / (vector(x) * inner.weight)
     assert ratios.amax() / ratios.amin() > 1.1
@@ -360,8 +373,7 @@ def compressed(state: State) -> None:
 
 def pre_ln_with_biases() -> LlmNormForCausalLM:
     model = model_of("pre_ln", norm="layernorm", **BIASES)
-    with torch.no_grad():
-        model.model.norm.bias.zero_()
+    model.model.norm.bias.data.zero_()
     return model
 
 
