@@ -10,7 +10,6 @@ from llmnorm.testing import SHAPE, TOLERANCE, Scheme, find_scheme, tokens
 
 __all__ = [
     "FULL",
-    "IMPOSSIBLE",
     "KINDS",
     "NINE",
     "PAIRS",
@@ -22,15 +21,10 @@ __all__ = [
     "tokens",
 ]
 
-# Pairs that build_config refuses at SHAPE, and how its message begins.
-IMPOSSIBLE: dict[tuple[str, str], str] = {
-    ("bhyt", "parallel"): "the mlp's slot pre is shared, but attention's holds another norm",
-}
-
 
 def _accepted(norm: str, placement: str) -> bool:
     accepts = parse_placement(placement).accepts
-    return (accepts is None or norm in accepts) and (norm, placement) not in IMPOSSIBLE
+    return accepts is None or norm in accepts
 
 
 # (norm, placement): every pair is built, trained a step, saved and loaded.
