@@ -25,6 +25,7 @@ from llmnorm.modeling.residual import (
     build_slot,
 )
 from llmnorm.modeling.streams import build_streams
+from llmnorm.modeling.weights import WeightNormLinear, WeightSpec, unit_dim
 
 
 def self_test(model: nn.Module, *, fresh: bool) -> None:
@@ -90,9 +91,6 @@ def promised_slots(config: LlmNormConfig) -> Iterator[tuple[str, NormSpec | None
 
 def _check_slots(model: Any, *, fresh: bool) -> None:
     """What each slot holds: the operation, its constants and, when fresh, its parameters."""
-    depth, layers = model.config.num_hidden_layers, len(model.model.layers)
-    if layers != depth:
-        raise SelfTestError(f"the model has {layers} layers; {depth} were promised")
     for name, spec, width in promised_slots(model.config):
         found, promised = model.get_submodule(name), build_slot(spec, width)
         if spec is not None and spec.shared:
@@ -116,6 +114,9 @@ def _check_slots(model: Any, *, fresh: bool) -> None:
 
 def _check_joints(model: Any) -> None:
     """How each branch joins the stream: the residual module, what it reads and what it skips."""
+    depth, layers = model.config.num_hidden_layers, len(model.model.layers)
+    if layers != depth:
+        raise SelfTestError(f"the model has {layers} layers; {depth} were promised")
     for i, pair in enumerate(model.config.residual_specs()):
         for kind, spec in zip(("attn", "mlp"), pair, strict=True):
             name = f"model.layers.{i}.{kind}_residual"
@@ -184,6 +185,8 @@ def _check_parameters(model: Any) -> None:
 
 
 def _check_matrices(model: Any) -> None:
+    """The std of every matrix, its rows' lengths where the config's `weights` rules them."""
+    unit = WeightSpec.parse(model.config.weights).kind == "unit"
     for name, module in model.named_modules():
         tied = name == "lm_head" and module.weight is model.model.embed_tokens.weight
         if isinstance(module, nn.Linear | nn.Embedding) and not tied:
@@ -197,12 +200,28 @@ def _check_matrices(model: Any) -> None:
                 )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 _check_equal(f"{name}.bias", module.bias, torch.zeros(module.out_features))
+            if unit:
+                _check_lengths(f"{name}.weight", _whole(module.weight).norm(dim=unit_dim(name)))
+            if isinstance(module, WeightNormLinear):
+                rows = _whole(module.weight).norm(dim=1)
+                _check_lengths(f"{name}.length", _whole(module.length) / rows)
+
+
+def _check_lengths(name: str, lengths: torch.Tensor) -> None:
+    """Lengths in units of the promised ones, up to float32 rounding."""
+    if not torch.allclose(lengths, torch.ones_like(lengths), rtol=0, atol=1e-4):
+        raise SelfTestError(f"{name} starts with rows whose lengths are not the promised ones")
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    """A parameter's values, gathered if it is sharded, so that all ranks agree."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach()
 
 
 def _check_equal(name: str, parameter: Any, promised: torch.Tensor) -> None:
-    """Compare a vector, gathered if it is sharded (so that all ranks agree), with its start."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    values = whole.detach().flatten()
+    """Compare a vector with its start."""
+    values = _whole(parameter).flatten()
     wanted = promised.detach().to(values.device, values.dtype).flatten()
     if not torch.equal(values, wanted):
         where = (values != wanted).nonzero()[0]

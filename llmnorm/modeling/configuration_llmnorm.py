@@ -316,7 +316,12 @@ class LlmNormConfig(PreTrainedConfig):
     def base_model_tp_plan(  # type: ignore[override]
         self,
     ) -> dict[str, str]:
-        """Tensor-parallel plan; projections around a norm over a sharded axis are gathered."""
+        """Tensor-parallel plan; projections around a norm over a sharded axis are gathered.
+
+        Weight normalization reads whole rows, so such a model is not split.
+        """
+        if WeightSpec.parse(self.weights).kind == "weight_norm":
+            return {}
         specs = self.residual_specs()
         attn = any(
             slot == "inner" or not held.per_head

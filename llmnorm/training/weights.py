@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llmnorm import LlmNormConfig
 from llmnorm.errors import CheckpointError
+from llmnorm.modeling.weights import WeightSpec
 from llmnorm.training.directory import flatten
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,9 @@ def _wiring(config: LlmNormConfig) -> dict[str, Any]:
                 for index, (attn, mlp) in enumerate(config.residual_specs())
             },
             "final_norm": norm and norm.to_dict(),
+            "logits": config.logits,
+            "streams": config.streams,
+            "weights": WeightSpec.parse(config.weights).kind,
             "embedding": embedding.treatment,
             "embedding_norm": embedding.norm and embedding.norm.to_dict(),
         }

@@ -9,8 +9,8 @@ from schemes import SHAPE, TOLERANCE, tokens
 from torch import nn
 from torch.nn.functional import linear as apply_linear
 
-from llmnorm import LlmNormForCausalLM, build_config, build_model
-from llmnorm.errors import ConfigError
+from llmnorm import LlmNormForCausalLM, build_config, build_model, self_test
+from llmnorm.errors import ConfigError, SelfTestError
 from llmnorm.modeling.weights import UnitRowLinear, WeightNormLinear, WeightSpec, unit_dim
 from llmnorm.testing import check_scheme
 
@@ -213,3 +213,19 @@ def test_what_cannot_be_is_refused_by_name(value: Any, message: str) -> None:
 def test_a_spec_reads_its_options() -> None:
     assert WeightSpec.parse({"kind": "lawn", "free_steps": 100}).free_steps == 100
     assert WeightSpec.parse("project").interval_steps == 1
+
+
+@pytest.mark.fast
+def test_the_self_test_measures_rows_of_length_one_and_weight_norms_lengths() -> None:
+    unit = build_model(build_config(SHAPE, weights="unit"))
+    with torch.no_grad():
+        unit.model.layers[1].mlp.down_proj.weight[:, 3] *= 1.5
+        unit.model.layers[1].mlp.down_proj.weight[:, 4] *= 0.5
+    with pytest.raises(SelfTestError, match=r"1.mlp.down_proj.weight starts with rows whose"):
+        self_test(unit, fresh=True)
+    normed = build_model(build_config(SHAPE, weights="weight_norm"))
+    with torch.no_grad():
+        normed.model.layers[2].self_attn.q_proj.length[0] += 0.01
+    with pytest.raises(SelfTestError, match=r"2.self_attn.q_proj.length starts with rows whose"):
+        self_test(normed, fresh=True)
+    self_test(normed, fresh=False)
