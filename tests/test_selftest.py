@@ -358,9 +358,14 @@ PROJECTIONS = [
 ]
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.1, 0.0])
-@pytest.mark.parametrize("name", PROJECTIONS)
-@pytest.mark.parametrize("placement", ["pre_ln", "sub_ln"])
+@pytest.mark.parametrize(
+    ("placement", "name", "factor"),
+    [
+        *(("pre_ln", name, 0.9) for name in PROJECTIONS),
+        *(("sub_ln", name, 1.1) for name in PROJECTIONS),
+        *((placement, "lm_head", 0.0) for placement in ("pre_ln", "sub_ln")),
+    ],
+)
 def test_a_std_off_by_a_tenth_is_named(placement: str, name: str, factor: float) -> None:
     model = fresh(placement)
     with torch.no_grad():

@@ -18,20 +18,17 @@ from llmnorm.placements import PLACEMENTS, Placement, Site
 from llmnorm.testing import CHECKS, CheckError, check_scheme, find_scheme, run_check
 from llmnorm.testing.saving import check_loading, load_as_stranger
 
-QUICK = ("build", "gradients")
-
 
 # --- the suite over all schemes ---------------------------------------------------------------
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("norm", "placement"), FULL)
-def test_every_norm_and_every_placement_builds_and_trains(norm: str, placement: str) -> None:
-    for check in QUICK:
-        run_check(check, Scheme(norm=norm, placement=placement))
+def test_every_norm_and_every_placement_builds(norm: str, placement: str) -> None:
+    run_check("build", Scheme(norm=norm, placement=placement))
 
 
-@pytest.mark.parametrize("check", [name for name in CHECKS if name not in (*QUICK, "saving")])
+@pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("build", "saving")])
 @pytest.mark.parametrize(("norm", "placement"), FULL)
 def test_every_norm_and_every_placement_passes(norm: str, placement: str, check: str) -> None:
     run_check(check, Scheme(norm=norm, placement=placement))

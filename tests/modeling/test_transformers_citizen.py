@@ -26,7 +26,6 @@ def model(request) -> LlmNormForCausalLM:
     return model
 
 
-@pytest.mark.fast
 def test_attention_implementations_agree(model):
     sdpa = model(IDS).logits
     for implementation in ("eager", "flex_attention"):
@@ -46,14 +45,12 @@ def test_flash_attention_is_selected_or_says_what_is_missing():
         assert model.config._attn_implementation == "flash_attention_2"
 
 
-@pytest.mark.fast
 def test_cached_generation_equals_generation_without_a_cache(model):
     plain = model.generate(IDS, use_cache=False, **GREEDY)
     assert torch.equal(model.generate(IDS, **GREEDY), plain)
     assert torch.equal(model.generate(IDS, cache_implementation="static", **GREEDY), plain)
 
 
-@pytest.mark.fast
 def test_left_padding_does_not_change_what_is_generated(model):
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
     mask = (torch.arange(14) >= 3).long().expand(2, -1)
@@ -61,13 +58,11 @@ def test_left_padding_does_not_change_what_is_generated(model):
     assert torch.equal(generated[:, 3:], model.generate(IDS, **GREEDY))
 
 
-@pytest.mark.fast
 def test_beam_search_reorders_the_cache_rightly(model):
     cached = model.generate(IDS, num_beams=4, **GREEDY)
     assert torch.equal(cached, model.generate(IDS, num_beams=4, use_cache=False, **GREEDY))
 
 
-@pytest.mark.fast
 def test_hidden_states_and_attentions_are_recorded(model):
     model.set_attn_implementation("eager")
     output = model(IDS, output_hidden_states=True, output_attentions=True)
@@ -82,12 +77,10 @@ def test_hidden_states_and_attentions_are_recorded(model):
     assert (output.attentions[-1].triu(1) == 0).all()
 
 
-@pytest.mark.fast
 def test_logits_to_keep_are_the_last_ones(model):
     torch.testing.assert_close(model(IDS, logits_to_keep=3).logits, model(IDS).logits[:, -3:])
 
 
-@pytest.mark.fast
 def test_restarting_positions_keep_documents_apart(model):
     positions = torch.cat([torch.arange(5), torch.arange(6)]).expand(2, -1)
     together = model(IDS, position_ids=positions).logits
@@ -95,7 +88,6 @@ def test_restarting_positions_keep_documents_apart(model):
     torch.testing.assert_close(together, apart, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.fast
 def test_bfloat16_stays_finite_and_near_float32(model):
     reference = model(IDS, labels=IDS).loss
     model.bfloat16().train()
@@ -105,7 +97,6 @@ def test_bfloat16_stays_finite_and_near_float32(model):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.fast
 def test_saved_safetensors_load_equal_through_the_auto_class(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
