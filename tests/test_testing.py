@@ -18,7 +18,6 @@ from llmnorm.placements import PLACEMENTS, Placement, Site
 from llmnorm.testing import CHECKS, CheckError, check_scheme, find_scheme, run_check
 from llmnorm.testing.saving import check_loading, load_as_stranger
 
-
 # --- the suite over all schemes ---------------------------------------------------------------
 
 
