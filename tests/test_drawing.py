@@ -1,15 +1,26 @@
 """A drawing shows what the specs hold, all of it and nothing else."""
 
+import contextlib
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from llmnorm import build_config, list_placements
 from llmnorm.drawing import JOINTS, draw, layer_groups, layer_words
-from llmnorm.modeling.residual import RESIDUALS, NormSpec, ResidualSpec, constant
+from llmnorm.modeling.residual import (
+    ATTENTION_SLOTS,
+    MLP_SLOTS,
+    RESIDUAL_SLOTS,
+    RESIDUALS,
+    NormSpec,
+    Residual,
+    ResidualSpec,
+    constant,
+)
 from llmnorm.placements import PLACEMENTS
 from llmnorm.recipes.facts import scheme
 
@@ -105,6 +116,48 @@ def test_a_sublayer_that_takes_the_blocks_input_gets_a_line_from_there(field):
     other = hand_made(ResidualSpec(pre=NORM), ResidualSpec(pre=NORM, **{field: "block"}))
     lines = [set(re.findall(r'<path class="line" d="([^"]*)"', svg)) for svg in (usual, other)]
     assert any(path.startswith("M0 -8L") and path.count("L") == 3 for path in lines[1] - lines[0])
+
+
+@pytest.fixture
+def outside():
+    """Residual modules that have no drawing of their own."""
+
+    class Outside(Residual):
+        pass
+
+    class TwoOutside(Outside):
+        streams = 2
+
+    RESIDUALS.update(from_outside=Outside, two_from_outside=TwoOutside)
+    yield
+    RESIDUALS.pop("from_outside")
+    RESIDUALS.pop("two_from_outside")
+
+
+def accepted(kind: str, module: str) -> Iterator[dict]:
+    """What one may add to a sublayer of this residual module: an operation in a slot, or a word."""
+    own = ATTENTION_SLOTS if kind == "attn" else MLP_SLOTS
+    slots = (*own, "inner", *RESIDUAL_SLOTS, "first", "second")
+    operations = (NORM, constant(1.2345), NormSpec(op="gain", options={"value": 0.5}))
+    asked = [{slot: held} for slot in dict.fromkeys(slots) for held in operations]
+    asked += [{"reads": "block"}, {"skips": "block"}, {"reads": "block", "skips": "block"}]
+    for added in asked:
+        with contextlib.suppress(ValueError):
+            yield {**added, "module": ResidualSpec(module=module, **added).module}
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+@pytest.mark.parametrize("module", [*JOINTS, "from_outside", "two_from_outside"])
+def test_all_that_a_residual_module_accepts_can_be_told_from_its_drawing(module, kind):
+    streams = {"scale": 1.0} if RESIDUALS[module].streams > 1 else None
+    usual = {"attn": ResidualSpec(module=module), "mlp": ResidualSpec(module=module)}
+    seen = {hand_made(**usual, streams=streams): "nothing"}
+    for added in accepted(kind, module):
+        svg = hand_made(**{**usual, kind: ResidualSpec(**added)}, streams=streams)
+        assert svg not in seen, f"{added} is drawn as {seen[svg]}"
+        seen[svg] = str(added)
+    assert len(seen) > 20
 
 
 def test_layers_are_grouped_by_what_stands_where_and_not_by_numbers():

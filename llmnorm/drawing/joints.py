@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from llmnorm.modeling.residual import ResidualSpec
+from llmnorm.modeling.residual import RESIDUALS, NormSpec, ResidualSpec
 
-from .canvas import Canvas, Cell, Row, slot_cell
+from .canvas import GAP, Canvas, Cell, Row, slot_cell
 
 BRANCH = 186  # distance of the branch from the stream
 SECOND = 370  # distance of the second stream
@@ -33,20 +33,7 @@ def _residual(
     canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
 ) -> float:
     """y = out(skip(.) + post(branch(pre(.)))) of the stream or the block's input."""
-    y = _on_stream(canvas, slot_cell(spec.entry), y)
-    fork = carried = y - 12
-    canvas.line((0, y), (0, fork))
-    if spec.reads == "block":
-        right = _RAILS[1]
-        canvas.dot(0, block)
-        canvas.line((0, block), (right, block), (right, fork), (BRANCH, fork))
-    else:
-        canvas.dot(0, fork)
-        canvas.line((0, fork), (BRANCH, fork))
-    if spec.skips == "block":
-        left, carried = _RAILS[0], fork - 14
-        canvas.dot(0, block)
-        canvas.line((0, block), (left, block), (left, carried), (0, carried))
+    fork, carried = _sources(canvas, spec, y, block)
     top = _branch(canvas, spec, inside, fork)
     return _join(canvas, spec, carried, top)
 
@@ -55,47 +42,44 @@ def _reuse(
     canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
 ) -> float:
     """y = out(skip(s) + post(branch(pre(s, m)))), m = mean(block^2) + first(|W_v W_o|^2)."""
-    y = _on_stream(canvas, slot_cell(spec.entry), y)
-    fork, right = y - 12, _RAILS[1]
-    canvas.line((0, y), (0, fork), (BRANCH, fork))
-    canvas.dot(0, fork)
+    fork, carried = _sources(canvas, spec, y, block)
+    right = _RAILS[1]
     canvas.dot(0, block)
-    factor, pre = slot_cell(spec.first), slot_cell(spec.pre) or Cell(words="norm")
-    pre = replace(pre, small=f"block's + {factor.words if factor else 1} |W_v W_o|\u00b2")
+    pre = slot_cell(spec.pre) or Cell(words="norm")
+    pre = replace(pre, small=_listed(pre.small, f"block's + {_inline(spec.first)} |W_v W_o|\u00b2"))
     top = canvas.upward(BRANCH, fork, [[pre]], BRANCH_BOX)
     edge, middle = BRANCH + BRANCH_BOX / 2, top + pre.height / 2
     canvas.line((0, block), (right, block), (right, middle), (edge, middle), arrow=True)
-    return _join(canvas, spec, fork, _sublayer(canvas, inside, top))
+    return _join(canvas, spec, carried, _sublayer(canvas, inside, top))
 
 
 def _lerp(
     canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
 ) -> float:
-    """y = out(s + first(post(branch(pre(s))) - s))."""
-    y = _on_stream(canvas, slot_cell(spec.entry), y)
-    fork = y - 12
-    canvas.line((0, y), (0, fork), (BRANCH, fork))
-    canvas.dot(0, fork)
+    """y = out(c + first(post(branch(pre(.))) - c)), c = skip(.), of the stream or the block's
+    input.
+    """
+    fork, carried = _sources(canvas, spec, y, block)
     top = _branch(canvas, spec, inside, fork)
     top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
-    rate = slot_cell(spec.first)
-    step = Cell(words="s + a (f \u2212 s)", small=f"a: {rate.words if rate else 1}", css="gain")
+    step = Cell(words="s + a (f \u2212 s)", small=f"a: {_inline(spec.first)}", css="gain")
+    width = max(STREAM_BOX, 6.0 * len(step.small) + 12)
+    middle = max(0.0, _RAILS[0] + width / 2)  # a long text grows to the right
     join = top - 24
-    canvas.line((BRANCH, top), (BRANCH, join), (STREAM_BOX / 2, join), arrow=True)
-    canvas.line((0, fork), (0, join + step.height / 2), arrow=True)
-    canvas.cell(0, join - step.height / 2, step, STREAM_BOX)
+    canvas.line((BRANCH, top), (BRANCH, join), (middle + width / 2, join), arrow=True)
+    end = (0, join + step.height / 2)
+    canvas.through(slot_cell(spec.skip), (0, carried), end, STREAM_BOX)
+    canvas.cell(middle, join - step.height / 2, step, width)
     return _on_stream(canvas, slot_cell(spec.out), join - step.height / 2)
 
 
 def _dual(
     canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
 ) -> float:
-    """x' = out(skip(x) + post(f)), y' = y + second(f), f = branch(pre(x))."""
-    fork = y - 12
-    canvas.line((0, y), (0, fork), (BRANCH, fork))
-    canvas.dot(0, fork)
+    """x' = out(skip(s) + post(f)), y' = y + second(f), f = branch(pre(s)), s = entry(x)."""
+    fork, carried = _sources(canvas, spec, y, block)
     top = _branch(canvas, spec, inside, fork)
-    return _join_both(canvas, spec, y, fork, top)
+    return _join_both(canvas, spec, y, carried, top)
 
 
 def _siamese(
@@ -119,8 +103,21 @@ def _siamese(
 def _unknown(
     canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float, block: float
 ) -> float:
-    """A module of which only the name is known."""
-    return _on_stream(canvas, Cell(words=spec.module, small="see its code"), y)
+    """A module of which only the name is known, and what its slots hold."""
+    words = {"reads": spec.reads, "skips": spec.skips}
+    lines = [f"{name}: the block's input" for name, source in words.items() if source == "block"]
+    lines += [f"{slot}: {_inline(held)}" for slot, held in spec.slots().items()]
+    two = RESIDUALS[spec.module].streams > 1
+    left, right = _RAILS[0], SECOND + 12 if two else _RAILS[1]
+    height = 40 + 16 * len(lines)
+    top = y - GAP - height
+    for x in (0, SECOND) if two else (0,):
+        canvas.line((x, y), (x, y - GAP), arrow=True)
+    canvas.box((left + right) / 2, top, right - left, height, "part")
+    canvas.text((left + right) / 2, top + 13, spec.module.replace("_", " "))
+    for i, line in enumerate(["see its code", *lines]):
+        canvas.text((left + right) / 2, top + 28 + 16 * i, line, "small")
+    return top
 
 
 JOINTS: dict[str, Callable[[Canvas, ResidualSpec, Sequence[Row], float, float], float]] = {
@@ -130,6 +127,35 @@ JOINTS: dict[str, Callable[[Canvas, ResidualSpec, Sequence[Row], float, float], 
     "residual_dual": _dual,
     "siamese": _siamese,
 }
+
+
+def _sources(canvas: Canvas, spec: ResidualSpec, y: float, block: float) -> tuple[float, float]:
+    """The entry, then lines to what the branch and the skip take; returns where these go on."""
+    y = _on_stream(canvas, slot_cell(spec.entry), y)
+    fork = carried = y - 12
+    canvas.line((0, y), (0, fork))
+    if spec.reads == "block":
+        right = _RAILS[1]
+        canvas.dot(0, block)
+        canvas.line((0, block), (right, block), (right, fork), (BRANCH, fork))
+    else:
+        canvas.dot(0, fork)
+        canvas.line((0, fork), (BRANCH, fork))
+    if spec.skips == "block":
+        left, carried = _RAILS[0], fork - 14
+        canvas.dot(0, block)
+        canvas.line((0, block), (left, block), (left, carried), (0, carried))
+    return fork, carried
+
+
+def _inline(spec: NormSpec | None) -> str:
+    """What a slot holds, for the text of a box."""
+    cell = slot_cell(spec)
+    return "1" if cell is None else _listed(cell.words, cell.small)
+
+
+def _listed(*words: str) -> str:
+    return ", ".join(filter(None, words))
 
 
 def _branch(canvas: Canvas, spec: ResidualSpec, inside: Sequence[Row], y: float) -> float:
