@@ -13,12 +13,17 @@ pytestmark = pytest.mark.fast
 
 @pytest.mark.parametrize("depth", [1, 4])
 @pytest.mark.parametrize("power", [1.0, 0.5])
-def test_each_branch_is_divided_by_a_power_of_twice_the_depth(depth: int, power: float) -> None:
-    def block(number: int, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        x = x + attention(layer)(rms(layer.attn_residual.pre)(x)) / (2 * depth) ** power
-        return x + mlp(layer)(rms(layer.mlp_residual.pre)(x)) / (2 * depth) ** power
+@pytest.mark.parametrize(("count", "a_layer"), [({}, 2), ({"count": "layers"}, 1)])
+def test_each_branch_is_divided_by_a_power_of_the_number_of_modules(
+    depth: int, power: float, count: dict[str, str], a_layer: int
+) -> None:
+    n = a_layer * depth
 
-    assert_follows(model_of({"name": "depth_scaled", "power": power}, depth=depth), block)
+    def block(number: int, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x + attention(layer)(rms(layer.attn_residual.pre)(x)) / n**power
+        return x + mlp(layer)(rms(layer.mlp_residual.pre)(x)) / n**power
+
+    assert_follows(model_of({"name": "depth_scaled", "power": power, **count}, depth=depth), block)
 
 
 def test_it_is_pre_ln_with_smaller_output_projections() -> None:
@@ -47,3 +52,8 @@ def test_power_1_bounds_the_sum_of_any_branches_by_the_largest(
 def test_the_power_is_above_0() -> None:
     with pytest.raises(ConfigError, match=r"depth_scaled\.power is -1; expected a number above 0"):
         build_config(SHAPE, placement={"name": "depth_scaled", "power": -1})
+
+
+def test_an_unknown_count_is_refused() -> None:
+    with pytest.raises(ConfigError, match="count is 'blocks'; expected 'sublayers' or 'layers'"):
+        build_config(SHAPE, placement={"name": "depth_scaled", "count": "blocks"})
