@@ -156,8 +156,8 @@ class Derf(AffineNorm):
     Args:
         dim: size of the feature axis.
         alpha: initial steepness; in a config it may be a mapping `{attn, mlp, final}` and defaults
-            to DyT's table (`alpha_at`): the paper's language-model values are unpublished. Its
-            general default is 0.5.
+            to DyT's table (`alpha_at`): the paper's language-model values were not found. The
+            layer of its code has 0.5.
         shift: initial shift.
         bias: False leaves the bias out.
         scale: constant multiplier on the output.
@@ -203,7 +203,8 @@ class Pointwise(AffineNorm):
     u / (sqrt(u^2 + 1) + 1), `satursin` sin(u clipped to half pi), `saturlog`
     sgn(u) ln(a + 1) / (ln(a + 1) + 1), `smoothsign` u / (a + 1), `smoothsign_clip` the same
     clipped, which changes nothing, `tanh`. The root in exproot and power23_clip is a straight line
-    below a = 1e-6, so that its slope at 0 is finite (the paper's code divides 0 by 0 there).
+    below a = 1e-6, so that its slope at 0 is finite (the gradient of the paper's code has 0
+    times infinity there).
 
     Shape: x and y are (..., dim); weight and bias are (dim,); alpha and shift are (1,).
 
@@ -211,7 +212,7 @@ class Pointwise(AffineNorm):
         dim: size of the feature axis.
         function: name of f.
         alpha: initial steepness; in a config it may be a mapping `{attn, mlp, final}` and defaults
-            to DyT's table (`alpha_at`); the paper's general default is 0.5.
+            to DyT's table (`alpha_at`); the layer of the paper's code has 0.5.
         shift: initial shift.
         bias: False leaves the bias out.
         scale: constant multiplier on the output.

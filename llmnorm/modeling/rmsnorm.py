@@ -124,15 +124,16 @@ class SimpleRMSNorm(AffineNorm):
 class PRMSNorm(AffineNorm):
     r"""Divide all features by the root mean square of the first few.
 
-        y = scale * weight * x / (sqrt(mean(x[:k]^2)) + eps),  k = int(p * dim), at least 1
+        y = scale * weight * x / (sqrt(mean(x[:k]^2)) + eps),  k = int(p * dim)
 
-    A token whose first k features are 0 is divided by eps.
+    At least one feature is measured, which is ours. A token whose first k features are 0 is divided
+    by eps.
 
     Shape: x and y are (..., dim); weight is (dim,).
 
     Args:
         dim: size of the feature axis.
-        p: the part of the features that is measured; the paper's 6.25 %.
+        p: the part of the features that is measured; 6.25 % is the paper's from memory.
         eps: outside the root, as in the paper's code.
         scale: constant multiplier on the output.
 

@@ -18,8 +18,13 @@ class L2Norm(AffineNorm):
         y = scale * gain * length * x / max(|x|, eps)
 
     On queries and keys the logits are the cosine times both gains and lengths and attention's
-    1/sqrt(head_dim); with scalar gains that product is QKNorm's learned factor, which there starts
-    at log2(L^2 - L), L the training length. `sqrt_dim` with gain vector is the RMSNorm of
+    1/sqrt(head_dim); with scalar gains that product is QKNorm's learned factor g, which there
+    starts at log2(L^2 - L), L the 97.5th percentile of the training sequences' lengths:
+
+        qk_norm: {layout: per_head, op: l2norm, gain: scalar, weight_init: sqrt(g * sqrt(head_dim))}
+
+    starts there too, the root written out as a number. The paper's one g is held as a product of
+    two numbers here, so that Adam's path is another. `sqrt_dim` with gain vector is the RMSNorm of
     x-transformers; without a gain, `one` is nGPT's unit norm and `sqrt_dim` is FixNorm.
 
     Shape: x and y are (..., dim); weight is (dim,), a scalar weight is (1,).
@@ -104,7 +109,8 @@ class FixNorm(AffineNorm):
         y = scale * sqrt(dim) * x / max(|x|, eps)
 
     The paper uses the same unit rows as output matrix; in a slot only what passes through it is
-    normalized. Bake it into the table after training.
+    normalized. Bake it into the table after training. The paper's code draws the table from
+    U(-0.01, 0.01), ours is normal with the usual std: directions alone matter to the function.
 
     Shape: x and y are (..., dim); no parameters.
 

@@ -31,13 +31,14 @@ class WeightSpec:
     """The config field `weights`: a kind's name, or a mapping of `kind` beside its options.
 
     `plain` nothing; `weight_norm` one learned length a row (Salimans and Kingma 2016,
-    arXiv:1602.07868); `unit` every matrix, embedding and head included, of unit rows along the
-    hidden axis, also after each optimizer step (nGPT, arXiv:2410.01131); `project` every
-    `interval_steps` steps each matrix is brought back to its initial Frobenius norm
-    (normalize-and-project, arXiv:2407.01800); `lawn` after `free_steps` steps the norm of each
-    matrix is frozen and its gradient loses the part along it (LAWN, Gupta et al. 2021, from
-    memory). All but `unit` concern the matrices inside the blocks: nothing normalizes what the head
-    writes, so its length is left to learning. That and both defaults are ours.
+    arXiv:1602.07868, from memory); `unit` every matrix, embedding and head included, of unit rows
+    along the hidden axis, also after each optimizer step (nGPT, arXiv:2410.01131); `project` every
+    `interval_steps` steps each matrix of n elements is brought back to the Frobenius norm that its
+    init is expected to have, std sqrt(n) (normalize-and-project, arXiv:2407.01800, where it is the
+    initial norm); `lawn` after `free_steps` steps the norm of each matrix is frozen and its
+    gradient loses the part along it (LAWN, Gupta et al. 2021, from memory). All but `unit` concern
+    the matrices inside the blocks: nothing normalizes what the head writes, so its length is left
+    to learning. That and both defaults are ours.
     """
 
     kind: str = "plain"
@@ -77,7 +78,7 @@ class WeightNormLinear(nn.Linear):
     Shape: `weight` is V (out, in), `length` is (out,), initially the rows' lengths, so that the
     layer starts as the plain one. The gradient of V is orthogonal to each of its rows.
 
-    Source: Salimans and Kingma, "Weight Normalization", 2016, arXiv:1602.07868, equation 2.
+    Source: Salimans and Kingma, "Weight Normalization", 2016, arXiv:1602.07868, from memory.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:

@@ -19,8 +19,8 @@ class CompleteP(Placement):
 
     Args:
         base_width: hidden size of the model whose learning rate is used.
-        base_depth: its number of layers, where the branch is not damped.
-        alpha: 1 in CompleteP; the paper compares 0.5.
+        base_depth: its number of layers, where the branch is not damped. Both defaults are ours.
+        alpha: 1 in CompleteP; the paper compares it with 0.5.
 
     Raises:
         ValueError: for an option that is not above 0.

@@ -15,7 +15,9 @@ class DeepNorm(Placement):
 
     Identical to Post-LN except: the skip is multiplied by alpha, and the init policy `deepnorm`
     scales v, o, gate, up and down by beta = (8 L)^(-1/4). The sign of that exponent is the paper's;
-    several public repositories have it flipped. No final norm.
+    the Mix-LN and LayerNorm-Scaling repositories have it flipped. No final norm. The embedding is
+    raw with the usual std; torchscale draws it with std 1/sqrt(d), d the hidden size, and
+    multiplies by sqrt(d).
 
     Source: Wang et al., "DeepNet: Scaling Transformers to 1,000 Layers", 2022, arXiv:2203.00555.
     """

@@ -13,8 +13,8 @@ class LNS(Placement):
     """Identical to Pre-LN except: the norms of layer number l (1-based) are multiplied by
     1/sqrt(l).
 
-    The final norm is not scaled. Use plain initialization: depth-scaled output init undoes the
-    effect.
+    The final norm is not scaled. Use plain initialization: beside the factor, scaled init adds
+    nothing and costs a little.
 
     Source: Sun et al., "The Curse of Depth in Large Language Models", NeurIPS 2025,
     arXiv:2502.05795.

@@ -15,7 +15,9 @@ class NaP(Placement):
 
     Identical to Pre-LN except: the mlp's activation reads normalized features, in a gated mlp both
     factors of its product (our reading), and the weights `project` bring each matrix of the blocks
-    back to its initial Frobenius norm, so that the learning rate alone sets its relative change.
+    back to the Frobenius norm that its init is expected to have (std times the root of the number
+    of its elements; the drawn one differs a little), so that the learning rate alone sets its
+    relative change.
     Queries and keys are left to `qk_norm`. The paper also decays or rescales the norms' gains and
     biases; that is left out.
 

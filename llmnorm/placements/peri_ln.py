@@ -13,8 +13,9 @@ from .base import Placement, Site, register
 class PeriLN(Placement):
     """Normalize around each sublayer: y = x + N'(F(N(x))).
 
-    Identical to Pre-LN except: the branch is normalized too. The embedding is normalized by
-    default, since the first branches of RMS 1 would swamp one of standard deviation 0.02.
+    Identical to Pre-LN except: the branch is normalized too. The paper's norm of the embedding is
+    optional; that it is the default is ours, since the first branches of RMS 1 would swamp an
+    embedding of standard deviation 0.02.
 
     Source: Kim et al., "Peri-LN: Revisiting Normalization Layer in the Transformer Architecture",
     ICML 2025, arXiv:2502.02732.

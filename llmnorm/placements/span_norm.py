@@ -19,7 +19,7 @@ class SpanNorm(Placement):
     not found: `init: scaled` (output projections / sqrt(2 L)) is our default in its place. The
     formula is from reviews and a third-party implementation, not from the paper itself.
 
-    Source: Li et al., "SpanNorm: Reconciling Training Stability and Performance in Deep
+    Source: Wang et al., "SpanNorm: Reconciling Training Stability and Performance in Deep
     Transformers", 2026, arXiv:2601.22580.
     """
 

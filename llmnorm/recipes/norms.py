@@ -4,7 +4,7 @@ from .recipe import Recipe
 
 _POINTWISE_HOLDER = "none: no stock class has a point-wise function for a norm"
 
-NORMS = {
+NORM_RECIPES = {
     "layernorm": Recipe(
         formula="w (x - mean) / sqrt(var + eps) + b",
         training="the reference",
@@ -52,7 +52,8 @@ NORMS = {
     ),
     "l2norm": Recipe(
         formula="g x / |x|, g constant or learned, on groups of features",
-        training="for queries and keys: QKNorm starts g at log2(L^2 - L), L the sequence length",
+        training="for queries and keys: QKNorm starts g at log2(L^2 - L), L the 97.5th percentile "
+        "of the training sequences' lengths; with scalar gains weight_init sqrt(g sqrt(head_dim))",
         failure="without a learned g the logits of attention are bounded by its scale",
         holder="Qwen3ForCausalLM for queries and keys: gains sqrt(g / sqrt(head_dim))",
     ),
@@ -66,22 +67,23 @@ NORMS = {
         formula="w tanh(a x)",
         training="as its baseline at 7B and up; a by width and site (the default table), "
         "learned embedding scale",
-        failure="a raw embedding starves tanh; the official code decays a by 0.1; behind rmsnorm "
-        "at 20 tokens per parameter (+0.083 and +0.017 nats at 374M and 1B)",
+        failure="a raw embedding starves tanh; the official code decays a by 0.1; +0.083 and "
+        "+0.017 nats against rmsnorm at 374M and 1B, 20 tokens per parameter (BHyT's DyT arms, "
+        "whose recipe is not described)",
         holder=_POINTWISE_HOLDER,
     ),
     "derf": Recipe(
         formula="w erf(a x + s) + b",
         training="lr 6e-4 at 124M; a and s undecayed; learned embedding scale",
-        failure="with Muon at alpha 0.5: 0.66 nats more than with AdamW (one 1B run); alpha 0.3 "
-        "recovers most of it",
+        failure="with Muon at alpha 0.5 its gap to rmsnorm grows from 0.31 to 0.97 nats (one 1B "
+        "run of 1000 steps a cell); alpha 0.3 recovers about 80 %, of which number is unclear",
         holder=_POINTWISE_HOLDER,
-        provenance="the Muon numbers are transcribed; its language-model alphas are unpublished",
+        provenance="the Muon numbers are transcribed; its language-model alphas were not found",
     ),
     "pointwise": Recipe(
         formula="w f(a x + s) + b, f one of the Derf paper's candidates",
         training="as derf",
-        failure="erf leads the paper's vision tables; half of the candidates have no score there",
+        failure="erf leads the paper's vision tables; scores of ten of the sixteen were not found",
         holder=_POINTWISE_HOLDER,
         provenance="scores transcribed; no candidate but erf and tanh has language-model numbers",
     ),
@@ -109,7 +111,7 @@ NORMS = {
     ),
 }
 
-OPERATORS = {
+OPERATOR_RECIPES = {
     "powernorm": Recipe(
         formula="w x / sqrt(running E[x^2] per channel) + b",
         training="not for training language models: statistics of the batch see the future",
@@ -124,21 +126,19 @@ OPERATORS = {
     ),
 }
 
-WEIGHTS = {
+WEIGHT_RECIPES = {
     "unit": Recipe(
         formula="rows along the hidden axis have |w| = 1, again after each step",
         training="part of nGPT: no weight decay, no warm-up",
         failure="without nGPT's learned scales the logits and branches cannot grow",
         holder="that of its placement, as it is",
-        paper='Loshchilov et al., "nGPT", 2024, arXiv:2410.01131.',
     ),
     "project": Recipe(
-        formula="every so many steps |W| (Frobenius) is set back to its initial value",
+        formula="every so many steps |W| (Frobenius) is set to std sqrt(n), as expected at init",
         training="part of normalize-and-project: gains and offsets are decayed",
         failure="gains that are free to grow undo it",
         holder="that of its placement, as it is",
-        provenance="abstract and memory",
-        paper='Lyle et al., "Normalization and effective learning rates in RL", arXiv:2407.01800.',
+        provenance="abstract and memory; the expected norm, not the measured initial one, is ours",
     ),
     "weight_norm": Recipe(
         formula="W = g V / |V|, row by row",
@@ -146,7 +146,6 @@ WEIGHTS = {
         failure="with an optimizer that decays V the effective learning rate drifts",
         holder="that of its placement: write W out",
         provenance="from memory of the paper",
-        paper='Salimans and Kingma, "Weight Normalization", 2016, arXiv:1602.07868.',
     ),
     "lawn": Recipe(
         formula="after a free phase each |W| is frozen and gradients are projected to its sphere",
@@ -154,6 +153,5 @@ WEIGHTS = {
         failure="the length of the free phase is a setting of its own",
         holder="that of its placement, as it is",
         provenance="from memory of the paper",
-        paper='Gupta et al., "Logit Attenuating Weight Normalization", 2021, arXiv:2108.05839.',
     ),
 }

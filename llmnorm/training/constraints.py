@@ -1,15 +1,15 @@
 """What must hold after every optimizer step, beside what the optimizer does: one hook around it.
 
 The rules of the config field `weights` (`modeling/weights.py` says what each is for), and modules
-that move by the number of steps, such as TaperNorm's gate: those that have `after_step`. Engines
-write `with constraints.around(step): optimizer.step()`. A skipped step never gets here. Nothing
-keeps a state of its own, so a continued run is the run; under DDP every rank does the same.
+that move by the number of steps, such as TaperNorm's gate (`Moving`). Engines write
+`with constraints.around(step): optimizer.step()`. A skipped step never gets here. Nothing keeps a
+state of its own, so a continued run is the run; under DDP every rank does the same.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ class Matrix:
     in_block: bool
 
 
+class Moving(Protocol):
+    """A module that moves by the step: one that has `after_step`."""
+
+    def measured(self, step: int) -> Tensor | None:
+        """What to average over the ranks after this step, (n,); None for nothing."""
+
+    def after_step(self, step: int, means: Tensor | None) -> None:
+        """Move, given the average of what was measured."""
+
+
 @contextmanager
 def _unit(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]:
     """Every row has length 1 after every step."""
@@ -42,7 +52,7 @@ def _unit(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]
 
 @contextmanager
 def _project(matrices: list[Matrix], spec: WeightSpec, step: int) -> Iterator[None]:
-    """Every `interval_steps` steps each matrix is as long as at its start."""
+    """Every `interval_steps` steps each matrix is as long as its init is expected to be."""
     yield
     if step % spec.interval_steps == 0:
         for matrix in matrices:
@@ -96,11 +106,23 @@ class Constraints:
 
         Args:
             step: number of this step among those applied, from 1.
+
+        Raises:
+            ValueError: if a module measured nothing in a step where it must.
         """
         with torch.no_grad(), _RULES[self.spec.kind](self.matrices, self.spec, step):
             yield
-        for module in self.moving:
-            module.after_step(step, self.mean)
+        measured = [module.measured(step) for module in self.moving]
+        for module, means in zip(self.moving, self._averaged(measured), strict=True):
+            module.after_step(step, means)
+
+    def _averaged(self, measured: list[Tensor | None]) -> list[Tensor | None]:
+        """Average over the ranks what was measured, all modules in one collective."""
+        values = [value for value in measured if value is not None]
+        if not values:
+            return measured
+        means = iter(self.mean(torch.cat(values)).split([len(value) for value in values]))
+        return [None if value is None else next(means) for value in measured]
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[Matrix]:

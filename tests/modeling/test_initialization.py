@@ -46,7 +46,7 @@ Q, K, V, O, GATE, UP, DOWN = (  # noqa: E741 (the letters of the papers)
 
 
 def wanted(policy: str, number: int, sigma: float = SIGMA) -> dict[str, float]:
-    """Std of every projection of layer `number` (1-based), by NORMS section 6."""
+    """Std of every projection of layer `number` (1-based), as the papers or their code have it."""
     table = dict.fromkeys((Q, K, V, O, GATE, UP, DOWN), sigma)
     if policy == "scaled":
         table[O] = table[DOWN] = sigma / math.sqrt(2 * DEPTH)

@@ -1,4 +1,4 @@
-"""SpanNorm: h = N(x + A(x)), y = N'(x + F(h)) with x the block's input (Li et al. 2026)."""
+"""SpanNorm: h = N(x + A(x)), y = N'(x + F(h)) with x the block's input (Wang et al. 2026)."""
 
 import pytest
 import torch
