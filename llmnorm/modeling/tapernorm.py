@@ -1,7 +1,6 @@
 """TaperNorm: an RMSNorm that turns into a fixed multiplication while the model trains."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +27,13 @@ class TaperNorm(AffineNorm):
     `after_step` moves what no gradient moves. For `warmup_steps` the gate g is 1 and
     E[|x weight|^2 / r] and E[|x weight|^2] over tokens are averaged. Then c becomes their quotient
     (the least-squares fit of the norm by a constant), taper_weight a copy of weight, and g goes to
-    0 along a half cosine of `taper_steps`.
+    0 along a half cosine of `taper_steps`. The gate never rises: a model that starts from a tapered
+    one keeps its g, c and taper_weight, until the cosine is below that g.
 
     Shape: x and y are (..., dim); weight and taper_weight are (dim,); gate (g), c and the two
-    averages are (1,) and take no gradient. taper_weight has a zero gradient while g is 1, weight
-    one once g is 0.
+    averages are (1,) and take no gradient. In the warm-up the averages are in float32 or higher
+    whatever the model is in: bfloat16 would lose small changes. taper_weight has a zero gradient
+    while g is 1, weight one once g is 0.
 
     Args:
         dim: size of the feature axis.
@@ -40,10 +41,11 @@ class TaperNorm(AffineNorm):
         warmup_steps: optimizer steps with g at 1; the paper's schedule is not at hand, so this and
             the next two defaults are ours.
         taper_steps: optimizer steps from g = 1 to g = 0.
-        momentum: weight of the past in the averages. In a config, `final: keep` (the paper's
-            Internal, our default) leaves the final norm an rmsnorm; `taper` tapers it too (All;
-            that variant's auxiliary loss on r of the final norm is not implemented).
+        momentum: weight of the past in the averages.
         scale: constant multiplier on the output.
+        final: in a config alone: `keep` (the paper's Internal, our default) leaves the final norm
+            an rmsnorm; `taper` tapers it too (All; that variant's auxiliary loss on r of the final
+            norm is not implemented).
 
     Raises:
         ValueError: if ``dim < 1``, ``eps <= 0``, a number of steps is not whole and above 0, or
@@ -53,6 +55,7 @@ class TaperNorm(AffineNorm):
     """
 
     options_at = staticmethod(_at_site)
+    config_options = ("final",)
     weight: nn.Parameter
     taper_weight: nn.Parameter
     gate: nn.Parameter
@@ -89,7 +92,7 @@ class TaperNorm(AffineNorm):
             self.get_parameter(name).requires_grad_(False)
         self.eps, self.momentum = eps, momentum
         self.warmup_steps, self.taper_steps = int(warmup_steps), int(taper_steps)
-        self.seen: torch.Tensor | None = None  # this step's two means, for `after_step`
+        self.seen: torch.Tensor | None = None  # this step's two means, for `measured`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x.to(compute_dtype(x))
@@ -103,32 +106,42 @@ class TaperNorm(AffineNorm):
             x.dtype
         )
 
+    def measured(self, step: int) -> torch.Tensor | None:
+        """The two means (2,) that `after_step` wants averaged over the ranks, in the warm-up.
+
+        Of the last forward in training mode on this rank, its last micro-batch.
+
+        Raises:
+            ValueError: if there was none in a step of the warm-up.
+        """
+        if step > self.warmup_steps:
+            return None
+        if self.seen is None:
+            raise ValueError("tapernorm saw no forward in training mode before this step")
+        return self.seen
+
     @torch.no_grad()
-    def after_step(
-        self, step: int, mean: Callable[[torch.Tensor], torch.Tensor] = lambda seen: seen
-    ) -> None:
-        """Move gate, c and the averages after optimizer step number `step` (from 1).
+    def after_step(self, step: int, means: torch.Tensor | None) -> None:
+        """Move gate, c and the averages after optimizer step number `step`, all on the device.
 
         Args:
             step: optimizer steps done, this one included.
-            mean: averages a tensor over the ranks; the measured means are of the last forward in
-                training mode on this rank, its last micro-batch.
-
-        Raises:
-            ValueError: if nothing was measured in a step of the warm-up.
+            means: what `measured` gave, averaged over the ranks.
         """
-        if step <= self.warmup_steps:
-            if self.seen is None:
-                raise ValueError("tapernorm saw no forward in training mode before this step")
-            for average, now in zip(
-                (self.mean_over_rms, self.mean_square), mean(self.seen).tolist(), strict=True
-            ):
-                average.fill_(self.momentum * _number(average) + (1 - self.momentum) * now)
+        averages = (self.mean_over_rms, self.mean_square)
+        if means is not None:
+            for average, now in zip(averages, means, strict=True):
+                average.data = average.data.to(compute_dtype(average))
+                average.lerp_(now.to(average.dtype), 1 - self.momentum)
         if step == self.warmup_steps:
-            self.c.fill_(_number(self.mean_over_rms) / _number(self.mean_square))
-            self.taper_weight.copy_(self.weight)
+            whole = self.gate == 1
+            fitted = (self.mean_over_rms / self.mean_square).to(self.c.dtype)
+            self.c.copy_(torch.where(whole, fitted, self.c))
+            self.taper_weight.copy_(torch.where(whole, self.weight, self.taper_weight))
+            for average in averages:
+                average.data = average.data.to(self.gate.dtype)
         done = min(max(step - self.warmup_steps, 0) / self.taper_steps, 1.0)
-        self.gate.fill_((1 + math.cos(math.pi * done)) / 2 if done < 1 else 0.0)
+        self.gate.clamp_(max=(1 + math.cos(math.pi * done)) / 2 if done < 1 else 0.0)
         self.seen = None
 
     @torch.no_grad()
@@ -138,15 +151,11 @@ class TaperNorm(AffineNorm):
         Raises:
             ValueError: while the gate is not 0.
         """
-        if _number(self.gate) != 0:
+        whole: Any = self.gate
+        gate = float(whole.full_tensor() if hasattr(whole, "full_tensor") else whole)
+        if gate != 0:
             raise ValueError(
-                f"tapernorm's gate is {_number(self.gate):.4g}; it folds at 0, after "
+                f"tapernorm's gate is {gate:.4g}; it folds at 0, after "
                 f"{self.warmup_steps + self.taper_steps} steps"
             )
         return self.scale * self.c * self.taper_weight
-
-
-def _number(parameter: Any) -> float:
-    """The value of a one-element parameter, gathered if it is sharded."""
-    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return float(whole.item())

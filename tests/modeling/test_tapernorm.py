@@ -26,12 +26,17 @@ def taper(**options: float) -> TaperNorm:
     return norm
 
 
+def move(norm: TaperNorm, step: int) -> None:
+    """What follows an optimizer step on one rank."""
+    norm.after_step(step, norm.measured(step))
+
+
 def train(norm: TaperNorm, steps: int, start: int = 0) -> list[torch.Tensor]:
     """`steps` steps without an optimizer; the features of each."""
     seen = [features(3, 5, DIM, seed=100 + start + i) * (1 + i) for i in range(steps)]
     for i, x in enumerate(seen, start=start + 1):
         norm(x)
-        norm.after_step(i)
+        move(norm, i)
     return seen
 
 
@@ -65,7 +70,7 @@ def test_the_gate_waits_then_follows_a_half_cosine_to_zero() -> None:
     norm, gates = taper(warmup_steps=3, taper_steps=4), []
     for step in range(1, 10):
         norm(features(2, DIM, seed=step))
-        norm.after_step(step)
+        move(norm, step)
         gates.append(norm.gate.item())
     cosine = [(1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
     assert gates == pytest.approx([1.0, 1.0, 1.0, *cosine, 0.0, 0.0, 0.0])
@@ -122,12 +127,51 @@ def test_the_schedule_is_a_function_of_the_step_so_that_a_resumed_run_goes_on() 
         assert torch.equal(one, other)
 
 
-def test_the_means_of_a_step_are_averaged_over_ranks() -> None:
+def test_the_means_of_a_step_are_averaged_over_ranks_until_the_warm_up_is_over() -> None:
     norm = taper(warmup_steps=1)
     norm(features(3, DIM))
-    both = norm.seen
-    norm.after_step(1, lambda seen: (seen + 3 * seen) / 2)
+    both = norm.measured(1)
+    norm.after_step(1, (both + 3 * both) / 2)
     assert norm.mean_square.item() == pytest.approx(0.01 * 2 * both[1].item())
+    norm(features(3, DIM))
+    assert norm.measured(2) is None
+
+
+def test_averages_of_a_bfloat16_model_are_kept_in_float32_while_they_move() -> None:
+    """A change of 1 % of a difference is below bfloat16's spacing and would be lost."""
+    norm, precise = taper(warmup_steps=40).bfloat16(), taper(warmup_steps=40)
+    for step in range(1, 41):
+        x = features(3, DIM, seed=step)
+        for one in (norm, precise):
+            one(x.to(one.gate.dtype))
+            move(one, step)
+        assert norm.mean_square.dtype == (torch.float32 if step < 40 else torch.bfloat16)
+    assert precise.mean_square.dtype == torch.float64
+    for name in ("mean_square", "mean_over_rms", "c"):
+        wanted = precise.get_parameter(name).item()
+        assert norm.get_parameter(name).item() == pytest.approx(wanted, rel=1e-2), name
+    assert {p.dtype for p in norm.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("steps_before", [2, 3, 5], ids=["closing", "half", "closed"])
+def test_a_model_that_has_begun_to_taper_is_not_opened_again(steps_before: int) -> None:
+    """Started from its weights, a new run counts its steps from 1."""
+    first, then = taper(warmup_steps=1, taper_steps=4), taper(warmup_steps=3, taper_steps=4)
+    train(first, steps_before)
+    then.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        then.weight *= 2.0
+        then.taper_weight *= 3.0
+    gate, c, gain = then.gate.item(), then.c.item(), then.taper_weight.detach().clone()
+    gates = [gate]
+    for step in range(1, 9):
+        train(then, 1, start=step - 1)
+        gates.append(then.gate.item())
+        cosine = (1 + math.cos(math.pi * min(max(step - 3, 0) / 4, 1))) / 2
+        assert gates[-1] == pytest.approx(min(gate, cosine))
+        assert then.c.item() == c
+        assert torch.equal(then.taper_weight, gain)
+    assert gates == sorted(gates, reverse=True)
 
 
 def test_evaluation_measures_nothing_and_a_warm_up_step_without_training_is_refused() -> None:
@@ -135,11 +179,11 @@ def test_evaluation_measures_nothing_and_a_warm_up_step_without_training_is_refu
     norm.eval()(features(2, DIM))
     assert norm.seen is None
     with pytest.raises(ValueError, match="saw no forward in training mode"):
-        norm.after_step(1)
+        norm.measured(1)
     norm.train()(features(2, DIM))
-    norm.after_step(1)
+    move(norm, 1)
     with pytest.raises(ValueError, match="saw no forward in training mode"):
-        norm.after_step(2)  # the means of step 1 are not counted twice
+        norm.measured(2)  # the means of step 1 are not counted twice
 
 
 def test_once_the_gate_is_closed_the_norm_is_its_fold_and_no_sooner() -> None:

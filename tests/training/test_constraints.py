@@ -181,31 +181,62 @@ def test_frozen_matrices_are_left_alone() -> None:
 
 
 class Counter(nn.Module):
-    """Counts steps and asks for a mean."""
+    """Counts steps; measures `value` in the first step alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *value: float) -> None:
         super().__init__()
-        self.seen: list[tuple[int, float]] = []
+        self.value = torch.tensor(value)
+        self.seen: list[tuple[int, list[float] | None]] = []
 
-    def after_step(self, step: int, mean: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.seen.append((step, mean(torch.tensor([4.0])).item()))
+    def measured(self, step: int) -> torch.Tensor | None:
+        return self.value if step == 1 else None
+
+    def after_step(self, step: int, means: torch.Tensor | None) -> None:
+        self.seen.append((step, None if means is None else means.tolist()))
 
 
 @pytest.mark.fast
-def test_modules_that_move_by_the_step_are_called_after_it_with_a_mean_over_ranks() -> None:
-    model = _model()
-    counter = model.model.layers[1].counter = Counter()
-    constraints = Constraints(model, lambda value: value / 2)
+def test_modules_that_move_by_the_step_are_called_after_it_with_one_mean_over_ranks() -> None:
+    model, calls = _model(), []
+    one = model.model.layers[0].counter = Counter(4.0)
+    two = model.model.layers[1].counter = Counter(6.0, 8.0)
+
+    def mean(value: torch.Tensor) -> torch.Tensor:
+        calls.append(value.shape)
+        return value / 2
+
+    constraints = Constraints(model, mean)
     for step in (1, 2):
         with constraints.around(step):
-            assert len(counter.seen) == step - 1
-    assert counter.seen == [(1, 2.0), (2, 2.0)]
+            assert len(one.seen) == step - 1
+    assert one.seen == [(1, [2.0]), (2, None)]
+    assert two.seen == [(1, [3.0, 4.0]), (2, None)]
+    assert calls == [(3,)]
+
+
+@pytest.mark.fast
+def test_moving_tapernorms_waits_for_the_device_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No number is read from a tensor: on a GPU each would be a wait for all queued work."""
+    norm = {"op": "tapernorm", "warmup_steps": 2, "taper_steps": 2}
+    model, calls = _model(norm=norm).train(), []
+    constraints = Constraints(model, lambda value: calls.append(value.shape) or value)
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a number was read"))
+    for step in range(1, 6):
+        model.model(torch.zeros(1, 3, dtype=torch.long))
+        with constraints.around(step):
+            pass
+    monkeypatch.undo()
+    assert calls == [(8,), (8,)]
+    assert [m.gate.item() for m in constraints.moving] == [0.0] * 4
 
 
 @pytest.mark.fast
 def test_a_failing_step_moves_nothing() -> None:
     model = _model(weights="unit")
-    counter = model.counter = Counter()
+    counter = model.counter = Counter(1.0)
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
