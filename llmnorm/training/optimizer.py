@@ -1,9 +1,10 @@
 """Optimizers and their parameter groups, explicit and printed once.
 
 Weight decay belongs to the matrices of linear layers, the head included, and to nothing else: not
-to embeddings, norms, biases or a norm-free layer's alpha. The decision is made by module, not by
-name patterns. Under muP (`modeling/parametrization.py`) the parameters of the blocks have their own
-learning rate, weight decay and eps. Read `muon.py` for the one optimizer made of two.
+to embeddings, norms, biases or a norm-free layer's alpha, nor to a matrix whose length the config
+field `weights` holds or learns apart. The decision is made by module, not by name patterns. Under
+muP (`modeling/parametrization.py`) the parameters of the blocks have their own learning rate,
+weight decay and eps. Read `muon.py` for the one optimizer made of two.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llmnorm.errors import ConfigError
 from llmnorm.modeling.parametrization import Factors, Parametrization
+from llmnorm.modeling.weights import WeightSpec
 from llmnorm.training.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
@@ -84,8 +86,13 @@ def parameter_groups(model: PreTrainedModel, settings: OptimizerSettings) -> lis
 
     Muon takes the matrices of the linear layers inside the blocks; head and embedding, which map
     between tokens and features, stay with AdamW. Under muP each of these splits by its factors.
+
+    Raises:
+        ConfigError: if muP's factors do not fit the optimizer.
     """
+    _check_mup(model, settings)
     matrices, blocks = linear_matrices(model), _blocks(model)
+    undecayed = _undecayed(model, matrices, blocks)
     others = "adamw" if settings.name == "muon" else settings.name
     members: dict[tuple[bool, bool, Factors], list[str]] = {}
     elements: Counter[tuple[bool, bool, Factors]] = Counter()
@@ -97,26 +104,55 @@ def parameter_groups(model: PreTrainedModel, settings: OptimizerSettings) -> lis
         factors = Factors()
         if name in blocks:
             factors = _factors(model, settings, matrix=matrix, muon=muon)
-        key = (muon, matrix, factors)
+        key = (muon, matrix and name not in undecayed, factors)
         members.setdefault(key, []).append(name)
         elements[key] += parameter.numel()
     return [
         Group(
             branch="muon" if muon else others,
-            weight_decay=settings.weight_decay * factors.weight_decay if matrix else 0.0,
-            names=tuple(members[muon, matrix, factors]),
-            elements=elements[muon, matrix, factors],
+            weight_decay=settings.weight_decay * factors.weight_decay if decayed else 0.0,
+            names=tuple(members[muon, decayed, factors]),
+            elements=elements[muon, decayed, factors],
             lr_factor=factors.lr,
             eps_factor=factors.eps,
         )
-        for muon, matrix, factors in sorted(members, key=_order)
+        for muon, decayed, factors in sorted(members, key=_order)
     ]
 
 
 def _order(key: tuple[bool, bool, Factors]) -> tuple[bool, bool, float]:
-    """Muon's matrices, other matrices, the rest; hidden before head and embedding."""
-    muon, matrix, factors = key
-    return (not muon, not matrix, factors.lr)
+    """Muon's matrices, other decayed matrices, the rest; hidden before head and embedding."""
+    muon, decayed, factors = key
+    return (not muon, not decayed, factors.lr)
+
+
+def _undecayed(model: PreTrainedModel, matrices: set[str], blocks: set[str]) -> set[str]:
+    """Return the matrices that are not decayed, since decay only acts on their length.
+
+    nGPT (`unit`) has no decay; weight normalization's length is a parameter of its own, and decay
+    of V would raise the step along its direction. Under `lawn` that is so once the norms are
+    frozen; that the steps before are undecayed too is ours.
+    """
+    kind = WeightSpec.parse(model.config.weights).kind
+    if kind == "unit":
+        return matrices
+    return matrices & blocks if kind in ("weight_norm", "lawn") else set()
+
+
+def _check_mup(model: PreTrainedModel, settings: OptimizerSettings) -> None:
+    """Refuse muP beside an optimizer for which its factors were not derived.
+
+    They are Adam's, and `Factors` has Muon's. A class from elsewhere counts as Adam's kin if its
+    signature names both betas and eps.
+    """
+    mup = Parametrization.parse(model.config.parametrization).name == "mup"
+    if not mup or settings.name in ("adamw", "muon"):
+        return
+    if not {"betas", "eps"} <= inspect.signature(_imported(settings.name)).parameters.keys():
+        raise ConfigError(
+            f"optimizer.name={settings.name} is not like Adam (it takes no betas and eps), but the "
+            "factors of parametrization 'mup' are Adam's; use adamw, muon or a class like Adam"
+        )
 
 
 def _factors(
@@ -153,8 +189,8 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> Any:
             groups, `lr`, the options, and `betas` and `eps` where its signature names them.
 
     Raises:
-        ConfigError: if the class cannot be imported or refuses its arguments, or the options
-            repeat what has a key of its own.
+        ConfigError: if the class cannot be imported, refuses its arguments or does not fit muP, or
+            the options repeat what has a key of its own.
     """
     _check_options(settings)
     groups = parameter_groups(model, settings)
@@ -229,15 +265,19 @@ def _muon(
     return MuonWithAdamW(muon, _adamw(split["adamw"], adam))
 
 
-def _other(settings: OptimizerSettings, groups: list[dict[str, Any]], adam: dict[str, Any]) -> Any:
-    module, _, name = settings.name.partition(":")
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"optimizer.name={settings.name!r} cannot be imported ({error}); "
+            f"optimizer.name={path!r} cannot be imported ({error}); "
             "expected adamw, muon or package.module:Class"
         ) from error
+
+
+def _other(settings: OptimizerSettings, groups: list[dict[str, Any]], adam: dict[str, Any]) -> Any:
+    factory = _imported(settings.name)
     accepted = inspect.signature(factory).parameters
     shared = {key: value for key, value in adam.items() if key == "lr" or key in accepted}
     return factory(groups, **{**shared, **settings.options})
@@ -252,7 +292,10 @@ def describe_groups(model: PreTrainedModel, settings: OptimizerSettings) -> list
             *(group.branch, len(group.names), group.elements),
             *(group.weight_decay, group.lr_factor, group.eps_factor),
         )
+    kind = WeightSpec.parse(model.config.weights).kind
+    if _undecayed(model, linear_matrices(model), _blocks(model)):
+        logger.info("weights %s: its matrices are not decayed", kind)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    if kind != "unit" and head is not None and head.weight is embedding.weight:
         logger.info("head and embedding share one matrix: it is decayed, as the head's")
     return [group.record() for group in groups]

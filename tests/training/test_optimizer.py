@@ -57,6 +57,42 @@ def test_only_matrices_of_linear_layers_are_decayed() -> None:
     assert set(decayed.names) | set(rest.names) == {n for n, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("weights", "decayed"),
+    [
+        ("plain", "blocks and head"),
+        ("project", "blocks and head"),
+        ("weight_norm", "head"),
+        ("lawn", "head"),
+        ("unit", ""),
+    ],
+)
+def test_a_matrix_whose_length_is_held_or_learned_apart_is_not_decayed(
+    weights: str, decayed: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _model(norm="rmsnorm", weights=weights)
+    with caplog.at_level("INFO"):
+        records = describe_groups(model, _settings(name))
+    found = {key for record in records if record["weight_decay"] for key in record["names"]}
+    blocks = {key for key, p in model.named_parameters() if ".layers." in key and p.ndim == 2}
+    wanted = blocks if "blocks" in decayed else set()
+    assert found == wanted | ({"lm_head.weight"} if "head" in decayed else set())
+    told = f"weights {weights}: its matrices are not decayed"
+    assert (told in caplog.text) == ("blocks" not in decayed)
+    optimizer = make_optimizer(model, _settings(name))
+    held = model.model.layers[0].mlp.up_proj.weight
+    (group,) = [g for g in optimizer.param_groups if any(p is held for p in g["params"])]
+    assert group["weight_decay"] == (0.1 if wanted else 0.0)
+
+
+def test_a_tied_unit_head_is_not_decayed_either(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        records = describe_groups(_model(norm="rmsnorm", tied=True, weights="unit"), _settings())
+    assert {record["weight_decay"] for record in records} == {0.0}
+    assert "share one matrix" not in caplog.text
+
+
 def test_a_matrix_shared_by_head_and_embedding_is_decayed_and_said_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -243,6 +279,16 @@ def test_another_class_gets_the_factors_too() -> None:
     assert (hidden["lr"], hidden["weight_decay"], hidden["eps"]) == pytest.approx(
         (1e-2 * 8**-0.5, 0.2, 1e-8 * 8**-0.5)
     )
+
+
+@pytest.mark.parametrize("name", ["torch.optim:SGD", "torch.optim:RMSprop"])
+def test_mup_is_refused_beside_an_optimizer_that_is_not_like_adam(name: str) -> None:
+    """RMSprop has eps but no betas; its factors were not derived."""
+    model = _model(parametrization=MUP)
+    for refusing in (parameter_groups, make_optimizer):
+        with pytest.raises(ConfigError, match=rf"{name} is not like Adam .* 'mup' are Adam's"):
+            refusing(model, _settings(name))
+    assert make_optimizer(_model(), _settings(name)).param_groups[0]["weight_decay"] == 0.1
 
 
 def test_what_takes_no_gradient_is_in_no_group() -> None:
