@@ -239,6 +239,8 @@ def _warn_if_doubtful(config: LlmNormConfig, rule: Placement, norm: NormSpec) ->
     if norm.pointwise and EmbeddingSpec.parse(config.embedding).treatment == "raw":
         doubts.append(f"{norm.op} is starved by a raw embedding; use embedding 'scale'")
     if rule.name == "lns" and InitSpec.parse(config.init).policy != "plain":
-        doubts.append("lns wants plain init; damped output projections undo it")
+        doubts.append(
+            "lns wants plain init; damped output projections add nothing and cost a little"
+        )
     if doubts:
         logger.warning("doubtful scheme %s + %s: %s", rule.name, norm.op, "; ".join(doubts))

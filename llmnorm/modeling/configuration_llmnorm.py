@@ -35,8 +35,8 @@ QK_NORMS = ("none", "per_head", "full_width")
 class EmbeddingSpec:
     """The config field `embedding`: what happens between the embedding and the first block.
 
-    `raw` nothing; `scale` one learned scalar, initially 1/std of the embedding (`unit_rms`, the
-    stream starts at RMS 1) or sqrt(hidden_size) (`sqrt_dim`, the DyT paper's); `norm` a norm.
+    `raw` nothing; `scale` one learned scalar, initially 1/std of the embedding (`unit_rms`, ours:
+    the stream starts at RMS 1) or sqrt(hidden_size) (`sqrt_dim`, the DyT paper's); `norm` a norm.
     """
 
     treatment: str = "raw"

@@ -37,7 +37,7 @@ class Matrix:
 
     @property
     def xavier(self) -> float:
-        """Std of Xavier's normal init, gain 1 (Glorot and Bengio 2010, equation 16)."""
+        """Std of Xavier's normal init, gain 1 (Glorot and Bengio 2010)."""
         return math.sqrt(2.0 / (self.fan_in + self.fan_out))
 
 
@@ -52,17 +52,26 @@ def scaled(m: Matrix) -> float:
 
 
 def depth_scaled(m: Matrix) -> float:
-    """Output projections divided by sqrt(2 l), l the 1-based layer (Zhang et al. 2019)."""
+    """Output projections divided by sqrt(2 l), l the 1-based layer.
+
+    As compared in the LNS paper, arXiv:2502.05795.
+    """
     return m.initializer_range * ((2 * m.number) ** -0.5 if m.name in _OUTPUT_PROJECTIONS else 1.0)
 
 
 def deepnorm(m: Matrix) -> float:
-    """Xavier; v, o, gate, up and down times beta = (8 L)^(-1/4) (DeepNet, arXiv:2203.00555)."""
+    """Xavier; v, o, gate, up and down times beta = (8 L)^(-1/4) (DeepNet, arXiv:2203.00555).
+
+    The paper's mlp has no gate; beta on it is a reading for gated mlps.
+    """
     return m.xavier * ((8 * m.depth) ** -0.25 if m.name in _VALUE_PATH else 1.0)
 
 
 def sub_ln(m: Matrix) -> float:
-    """Xavier; v, o, gate, up and down times sqrt(log(2 L)) (Magneto, arXiv:2210.06423)."""
+    """Xavier; v, o, gate, up and down times sqrt(log(2 L)) (Magneto, arXiv:2210.06423).
+
+    The paper's mlp has no gate; the factor on it is a reading for gated mlps.
+    """
     return m.xavier * (math.sqrt(math.log(2 * m.depth)) if m.name in _VALUE_PATH else 1.0)
 
 

@@ -43,7 +43,7 @@ class Parametrization:
 
     Args:
         name: `standard` or `mup`.
-        base_width: hidden size of the model whose learning rate is used.
+        base_width: hidden size of the model whose learning rate is used; the default is ours.
         base_depth: its number of layers, for placements with CompleteP's residual multiplier.
         alpha: exponent of that multiplier.
     """
