@@ -9,15 +9,15 @@ from pathlib import Path
 
 from llmnorm.drawing import draw
 from llmnorm.listing import known_facts
+from llmnorm.papers import arxiv
 from llmnorm.recipes.facts import (
     REFERENCE,
-    Part,
-    Scheme,
-    arxiv,
+    Choice,
+    Entry,
     baseline_parameters,
+    choice,
+    choices,
     operators,
-    scheme,
-    schemes,
 )
 
 DOCS = Path(__file__).resolve().parent
@@ -45,7 +45,7 @@ two sublayers share. Layers that differ in what stands where are drawn side by s
 def pages() -> dict[str, str]:
     """Every file that this script writes: path below docs/ -> text."""
     placements, norms, weights = (_ours(kind) for kind in ("placement", "norm", "weights"))
-    baseline = scheme("pre_ln")
+    baseline = choice("pre_ln")
     text = [
         INTRODUCTION.format(
             preset=REFERENCE,
@@ -72,12 +72,12 @@ def pages() -> dict[str, str]:
     return {"schemes.md": "\n".join(text), **files}
 
 
-def _ours(kind: str) -> list[Scheme]:
-    """The schemes of one kind that llmnorm itself registers."""
-    return [held for held in schemes(kind) if held.part.__module__.startswith("llmnorm.")]
+def _ours(kind: str) -> list[Choice]:
+    """The choices of one kind that llmnorm itself registers."""
+    return [held for held in choices(kind) if held.cls.__module__.startswith("llmnorm.")]
 
 
-def _table(kind: str, held: list[Scheme], facts: tuple[str, ...]) -> list[str]:
+def _table(kind: str, held: list[Choice], facts: tuple[str, ...]) -> list[str]:
     """One row for each scheme, its name a link to its section."""
     headings = [kind, "formula", *(fact.replace("_", " ") for fact in facts)]
     headings += ["parameters", "norms", "stock class", "paper"]
@@ -94,7 +94,7 @@ def _table(kind: str, held: list[Scheme], facts: tuple[str, ...]) -> list[str]:
     return ["| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in rows] + [""]
 
 
-def _section(held: Part) -> list[str]:
+def _section(held: Entry) -> list[str]:
     """A drawing, and all that is known."""
     lines = [f"### {held.kind} {held.name}\n"]
     facts = known_facts(held)

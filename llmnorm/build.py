@@ -21,8 +21,10 @@ from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation, read_choice
 from llmnorm.modeling.parametrization import Parametrization
-from llmnorm.modeling.residual import NormSpec, ResidualSpec, constant
+from llmnorm.modeling.residual import RESIDUALS, NormSpec, ResidualSpec, constant
 from llmnorm.modeling.streams import StreamsSpec
+from llmnorm.modeling.weights import WeightSpec
+from llmnorm.papers import PAPERS, arxiv
 from llmnorm.placements import Placement, Site, parse_placement
 from llmnorm.resources import shape_folder, suggest
 from llmnorm.selftest import promised_slots, self_test
@@ -97,12 +99,27 @@ def build_model(config: LlmNormConfig, *, seed: int = 0) -> LlmNormForCausalLM:
 
 
 def cite(config: LlmNormConfig) -> str:
-    """The papers a scheme stands on, one a line, read from the docstrings of its parts."""
+    """The papers a scheme stands on, one a line, each once.
+
+    Read from the docstrings of placement, operations and residual modules; those of `weights`,
+    `parametrization` and `init` from `papers.py`.
+    """
     parts: list[type] = []
     if config.placement is not None:
         parts.append(type(parse_placement(config.placement)))
     parts += [operation(spec.op) for spec, _ in _held(config)]
-    return "\n".join(dict.fromkeys(source for part in parts if (source := source_of(part))))
+    parts += [RESIDUALS[spec.module] for pair in config.residual_specs() for spec in pair]
+    chosen = {
+        "weights": WeightSpec.parse(config.weights).kind,
+        "parametrization": Parametrization.parse(config.parametrization).name,
+        "init": InitSpec.parse(config.init).policy,
+    }
+    sources = [source_of(part) for part in parts]
+    sources += [PAPERS[field].get(name, "") for field, name in chosen.items()]
+    lines: dict[str, str] = {}
+    for source in filter(None, sources):
+        lines.setdefault(" ".join(arxiv(source)) or source, source)
+    return "\n".join(lines.values())
 
 
 def source_of(part: type) -> str:

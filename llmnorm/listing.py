@@ -1,7 +1,6 @@
 """Show the norms, placements or presets there are, or the schemes and what is known of them."""
 
 import argparse
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -18,12 +17,14 @@ from llmnorm.placements import PLACEMENTS, list_placements
 from llmnorm.recipes.facts import (
     KINDS,
     REFERENCE,
-    Part,
-    Scheme,
+    Choice,
+    Entry,
     baseline_parameters,
+    choices,
     named,
     operators,
-    schemes,
+    options_of,
+    summary_of,
 )
 from llmnorm.resources import list_presets
 
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.name is not None and args.what != "schemes":
         raise ConfigError(f"llmnorm list {args.what} takes no name; saw {args.name!r}")
     if args.name is not None:
-        shown = [_in_full(part) for part in named(args.name)]
+        shown = [_in_full(entry) for entry in named(args.name)]
     elif args.what == "schemes":
-        shown = [_overview(kind, schemes(kind)) for kind in KINDS]
+        shown = [_overview(kind, choices(kind)) for kind in KINDS]
         shown.append(_overview("operator", operators()))
     else:
         shown = [{"norms": _norms, "placements": _placements, "presets": _presets}[args.what]()]
@@ -70,33 +71,33 @@ def count_parameters(config: LlmNormConfig) -> tuple[int, int]:
     return counts["total"], counts["non_embedding"]
 
 
-def known_facts(part: Part) -> dict[str, str]:
+def known_facts(entry: Entry) -> dict[str, str]:
     """Everything known of a scheme or an operator, by headings; what is not known is left out."""
-    facts = {"what it is": part.summary, "paper": part.source, "options": part.options}
-    if isinstance(part, Scheme):
-        facts |= {"init": part.init, "embedding": part.embedding, "final norm": part.final_norm}
-        facts["cost"] = _cost(part)
-    if part.recipe is not None:
+    facts = {"what it is": entry.summary, "paper": entry.source, "options": entry.options}
+    if isinstance(entry, Choice):
+        facts |= {"init": entry.init, "embedding": entry.embedding, "final norm": entry.final_norm}
+        facts["cost"] = _cost(entry)
+    if entry.recipe is not None:
         facts |= {
-            "formula": part.recipe.formula,
-            "training": part.recipe.training,
-            "known failure": part.recipe.failure,
-            "stock class": part.recipe.holder,
-            "not verified": part.recipe.provenance,
+            "formula": entry.recipe.formula,
+            "training": entry.recipe.training,
+            "known failure": entry.recipe.failure,
+            "stock class": entry.recipe.holder,
+            "not verified": entry.recipe.provenance,
         }
     return {heading: facts[heading] for heading in _HEADINGS if facts.get(heading)}
 
 
-def _cost(scheme: Scheme) -> str:
-    share = scheme.parameters / baseline_parameters()
-    streams = f"; {scheme.streams} residual streams" if scheme.streams > 1 else ""
+def _cost(choice: Choice) -> str:
+    share = choice.parameters / baseline_parameters()
+    streams = f"; {choice.streams} residual streams" if choice.streams > 1 else ""
     return (
-        f"{scheme.parameters:+,} parameters ({share:+.3%}) and {scheme.norms} norms "
+        f"{choice.parameters:+,} parameters ({share:+.3%}) and {choice.norms} norms "
         f"at {REFERENCE}{streams}"
     )
 
 
-def _overview(kind: str, held: Sequence[Part]) -> Table:
+def _overview(kind: str, held: Sequence[Entry]) -> Table:
     what = f"parameters beyond those of pre_ln with rmsnorm at {REFERENCE}"
     if kind == "operator":
         what = "running statistics, for comparison alone: they stand in no model"
@@ -105,11 +106,11 @@ def _overview(kind: str, held: Sequence[Part]) -> Table:
     table.add_column("formula")
     table.add_column("parameters", justify="right")
     table.add_column("stock class")
-    for part in held:
-        recipe, extra = part.recipe, part.parameters if isinstance(part, Scheme) else None
+    for entry in held:
+        recipe, extra = entry.recipe, entry.parameters if isinstance(entry, Choice) else None
         classes = recipe.classes if recipe else []
         table.add_row(
-            part.name,
+            entry.name,
             recipe.formula if recipe else "-",
             "-" if extra is None else f"{extra:+,}" if extra else "0",
             ", ".join(name.removesuffix("ForCausalLM") for name in classes) or "-",
@@ -117,11 +118,11 @@ def _overview(kind: str, held: Sequence[Part]) -> Table:
     return table
 
 
-def _in_full(part: Part) -> Table:
-    table = Table(title=f"{part.kind} {part.name}", title_justify="left", show_header=False)
+def _in_full(entry: Entry) -> Table:
+    table = Table(title=f"{entry.kind} {entry.name}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    for heading, fact in known_facts(part).items():
+    for heading, fact in known_facts(entry).items():
         table.add_row(heading, fact)
     return table
 
@@ -150,8 +151,5 @@ def _described(kind: str, classes: dict[str, type]) -> Table:
     """One row for each class: what it is, and the options that a run file may give."""
     table = Table(kind, "what it is", "options", "source")
     for name, cls in classes.items():
-        summary = (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
-        options = inspect.signature(cls).parameters.values()
-        shown = [option.name for option in options if option.default is not option.empty]
-        table.add_row(name, summary, ", ".join(shown) or "-", source_of(cls))
+        table.add_row(name, summary_of(cls), ", ".join(options_of(cls)) or "-", source_of(cls))
     return table

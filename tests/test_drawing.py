@@ -22,7 +22,7 @@ from llmnorm.modeling.residual import (
     constant,
 )
 from llmnorm.placements import PLACEMENTS
-from llmnorm.recipes.facts import scheme
+from llmnorm.recipes.facts import choice
 
 pytestmark = pytest.mark.fast
 
@@ -54,7 +54,7 @@ def shown(spec: NormSpec) -> str:
 
 @pytest.mark.parametrize("name", list_placements())
 def test_every_operation_of_the_layers_drawn_is_in_the_drawing_as_often_as_in_the_specs(name):
-    config = scheme(name).config
+    config = choice(name).config
     pairs = [config.residual_specs()[group[-1]] for group in layer_groups(config.residual_specs())]
     held = [slot for pair in pairs for spec in pair for slot in spec.slots().values()]
     held += [config.final_norm_spec(), config.embedding_spec().norm, config.logits_spec()]
@@ -185,7 +185,7 @@ def test_every_residual_module_has_its_drawing():
 
 @pytest.mark.parametrize("name", list_placements())
 def test_a_drawing_is_one_file_the_same_each_time_with_a_dark_side(name):
-    held = scheme(name)
+    held = choice(name)
     svg = draw(held.config)
     assert svg == draw(held.config)
     ET.fromstring(svg)
@@ -197,7 +197,7 @@ def test_a_drawing_is_one_file_the_same_each_time_with_a_dark_side(name):
 
 @pytest.mark.parametrize("name", sorted(PLACEMENTS))
 def test_everything_stands_within_the_page(name):
-    held = scheme(name)
+    held = choice(name)
     root = ET.fromstring(draw(held.config))
     left, top, width, height = map(float, root.get("viewBox").split())
     moved = {id(child): 0.0 for child in root}

@@ -26,6 +26,7 @@ LAYERS = {
     "errors": 0,
     "durable": 1,
     "environment": 1,
+    "papers": 1,
     "processes": 1,
     "resources": 1,
     "running_norms": 1,

@@ -1,5 +1,6 @@
 """Every scheme has a recipe, and what `llmnorm list schemes` says of it is true."""
 
+import contextlib
 from dataclasses import fields
 
 import pytest
@@ -10,19 +11,20 @@ from llmnorm.errors import ConfigError
 from llmnorm.listing import known_facts
 from llmnorm.modeling.operations import operation
 from llmnorm.modeling.weights import WeightSpec
-from llmnorm.placements import PLACEMENTS as REGISTERED
-from llmnorm.recipes import NORMS, OPERATORS, PLACEMENTS, WEIGHTS
-from llmnorm.recipes.facts import KINDS, REFERENCE, arxiv, named, scheme, schemes
+from llmnorm.papers import arxiv
+from llmnorm.placements import PLACEMENTS
+from llmnorm.recipes import NORM_RECIPES, OPERATOR_RECIPES, PLACEMENT_RECIPES, WEIGHT_RECIPES
+from llmnorm.recipes.facts import KINDS, REFERENCE, choice, choices, named, options_of
 
 pytestmark = pytest.mark.fast
 
 RECIPES = {
     f"{kind} {name}": recipe
     for kind, recipes in (
-        ("placement", PLACEMENTS),
-        ("norm", NORMS),
-        ("operator", OPERATORS),
-        ("weights", WEIGHTS),
+        ("placement", PLACEMENT_RECIPES),
+        ("norm", NORM_RECIPES),
+        ("operator", OPERATOR_RECIPES),
+        ("weights", WEIGHT_RECIPES),
     )
     for name, recipe in recipes.items()
 }
@@ -36,8 +38,8 @@ def ours(names: list[str], find) -> set[str]:
 @pytest.mark.parametrize(
     ("registered", "recipes"),
     [
-        (ours(list_placements(), REGISTERED.__getitem__), set(PLACEMENTS)),
-        (ours(list_norms(), operation), set(NORMS)),
+        (ours(list_placements(), PLACEMENTS.__getitem__), set(PLACEMENT_RECIPES)),
+        (ours(list_norms(), operation), set(NORM_RECIPES)),
     ],
     ids=["placements", "norms"],
 )
@@ -46,7 +48,7 @@ def test_every_scheme_has_a_recipe_and_every_recipe_a_scheme(registered, recipes
     assert sorted(recipes - registered) == [], "recipes of what is not registered"
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", WEIGHT_RECIPES)
 def test_every_recipe_of_weights_is_a_way_to_hold_them(name):
     assert WeightSpec.parse(name).kind == name
 
@@ -68,13 +70,74 @@ def test_the_class_that_can_hold_a_scheme_is_one_of_transformers(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_scheme_names_a_paper_by_its_arxiv_number(kind):
-    for held in schemes(kind):
+    for held in choices(kind):
         if held.name != "none":
             assert arxiv(held.source), held.name
 
 
+class Asked(dict):
+    """Options of a norm that remember which of them were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def pop(self, name, *default):
+        self.names.add(name)
+        return super().pop(name, *default)
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize("name", NORM_RECIPES)
+def test_every_option_that_a_norm_reads_in_a_config_is_shown(name):
+    cls, asked = operation(name), Asked()
+    if resolve := getattr(cls, "options_at", None):
+        resolve(asked, "final", 64)
+    assert asked.names <= set(options_of(cls))
+    assert set(options_of(cls)) <= set(choice(name, "norm").options.split(", ")) | {""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "option", "value"),
+    [
+        ("norm", "bhyt", "last_lam", 1.0),
+        ("norm", "tapernorm", "final", "taper"),
+        ("norm", "rmsnorm", "eps", 1e-5),
+        ("placement", "mix_ln", "fraction", 0.5),
+        ("weights", "project", "interval_steps", 7),
+        ("weights", "lawn", "free_steps", 7),
+    ],
+)
+def test_an_option_that_a_run_file_may_give_is_shown_in_both_lists(
+    kind, name, option, value, capsys, monkeypatch
+):
+    key = {"norm": "op", "placement": "name", "weights": "kind"}[kind]
+    build_config("debug", **{kind: {key: name, option: value}})
+    assert option in known_facts(choice(name, kind))["options"].split(", ")
+    if kind != "weights":
+        monkeypatch.setenv("COLUMNS", "400")
+        assert cli._dispatch(["list", f"{kind}s"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if f" {name} " in line)
+        assert option in row
+
+
+@pytest.mark.parametrize("name", WEIGHT_RECIPES)
+def test_ways_to_hold_weights_show_the_options_they_take_and_no_other(name):
+    shown = set(choice(name, "weights").options.split(", "))
+    for option, value in (("interval_steps", 7), ("free_steps", 7)):
+        with (
+            contextlib.nullcontext()
+            if option in shown
+            else pytest.raises(ValueError, match="has no option")
+        ):
+            WeightSpec.parse({"kind": name, option: value})
+
+
 def test_init_embedding_and_final_norm_are_read_from_the_code():
-    deepnorm, peri, derf = scheme("deepnorm"), scheme("peri_ln"), scheme("derf", "norm")
+    deepnorm, peri, derf = choice("deepnorm"), choice("peri_ln"), choice("derf", "norm")
     assert (deepnorm.init, deepnorm.final_norm) == ("deepnorm", "none")
     assert peri.embedding == "norm (rmsnorm)"
     assert (derf.kind, derf.embedding, derf.final_norm) == ("norm", "scale", "derf")
@@ -83,22 +146,22 @@ def test_init_embedding_and_final_norm_are_read_from_the_code():
 def test_parameters_and_norms_are_counted_against_pre_ln_with_rmsnorm():
     shape = build_config(REFERENCE)
     depth, width, mlp = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
-    assert (scheme("pre_ln").parameters, scheme("pre_ln").norms) == (0, 2 * depth + 1)
-    assert (scheme("post_ln").parameters, scheme("post_ln").norms) == (-width, 2 * depth)
-    assert (scheme("peri_ln").parameters, scheme("peri_ln").norms) == (
+    assert (choice("pre_ln").parameters, choice("pre_ln").norms) == (0, 2 * depth + 1)
+    assert (choice("post_ln").parameters, choice("post_ln").norms) == (-width, 2 * depth)
+    assert (choice("peri_ln").parameters, choice("peri_ln").norms) == (
         (2 * depth + 1) * width,
         4 * depth + 2,
     )
-    assert scheme("sub_ln").parameters == depth * (width + mlp)
-    assert scheme("layernorm", "norm").parameters == (2 * depth + 1) * width  # the biases
+    assert choice("sub_ln").parameters == depth * (width + mlp)
+    assert choice("layernorm", "norm").parameters == (2 * depth + 1) * width  # the biases
     assert (
-        scheme("dyt", "norm").parameters == 2 * depth + 1 + 1
+        choice("dyt", "norm").parameters == 2 * depth + 1 + 1
     )  # an alpha a site, the embedding's scale
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_shown_of_a_scheme_holds_its_recipe_and_what_its_code_asks(kind):
-    for held in schemes(kind):
+    for held in choices(kind):
         facts = known_facts(held)
         assert held.recipe is None or facts["formula"] == held.recipe.formula
         assert facts["init"] == held.init
@@ -121,12 +184,12 @@ def test_the_list_of_schemes_fits_a_terminal(width, capsys, monkeypatch):
 
 
 def test_a_name_of_two_kinds_shows_both():
-    assert [part.kind for part in named("bhyt")] == ["placement", "norm"]
+    assert [entry.kind for entry in named("bhyt")] == ["placement", "norm"]
 
 
 def test_a_formula_with_brackets_is_shown_as_it_is(capsys):
     assert cli._dispatch(["list", "schemes", "powernorm"]) == 0
-    assert OPERATORS["powernorm"].formula in capsys.readouterr().out
+    assert OPERATOR_RECIPES["powernorm"].formula in capsys.readouterr().out
 
 
 def test_only_schemes_take_a_name():

@@ -47,6 +47,7 @@ class BHyT(AffineNorm):
     """
 
     options_at = staticmethod(_at_site)
+    config_options = ("last_lam",)
     lam: nn.Parameter
 
     def __init__(

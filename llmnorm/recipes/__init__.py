@@ -2,8 +2,14 @@
 `norms.py`.
 """
 
-from .norms import NORMS, OPERATORS, WEIGHTS
-from .placements import PLACEMENTS
+from .norms import NORM_RECIPES, OPERATOR_RECIPES, WEIGHT_RECIPES
+from .placements import PLACEMENT_RECIPES
 from .recipe import Recipe
 
-__all__ = ["NORMS", "OPERATORS", "PLACEMENTS", "WEIGHTS", "Recipe"]
+__all__ = [
+    "NORM_RECIPES",
+    "OPERATOR_RECIPES",
+    "PLACEMENT_RECIPES",
+    "WEIGHT_RECIPES",
+    "Recipe",
+]

@@ -1,7 +1,6 @@
 """What the code knows of each scheme: read from placements, specs and models on the meta device."""
 
 import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -16,62 +15,67 @@ from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation
+from llmnorm.modeling.weights import _OPTIONS as WEIGHT_OPTIONS
 from llmnorm.modeling.weights import WeightSpec
+from llmnorm.papers import PAPERS
 from llmnorm.placements import PLACEMENTS, list_placements, parse_placement
 from llmnorm.resources import suggest
 from llmnorm.running_norms import PowerNorm, UnifiedNorm
 from llmnorm.selftest import promised_slots
 
-from .norms import NORMS, OPERATORS, WEIGHTS
-from .placements import PLACEMENTS as PLACED
+from .norms import NORM_RECIPES, OPERATOR_RECIPES, WEIGHT_RECIPES
+from .placements import PLACEMENT_RECIPES
 from .recipe import Recipe
 
 REFERENCE = "130m"  # the preset at which parameters and norms are counted
 KINDS = ("placement", "norm", "weights")
-_RECIPES: dict[str, dict[str, Recipe]] = {"placement": PLACED, "norm": NORMS, "weights": WEIGHTS}
+_RECIPES: dict[str, dict[str, Recipe]] = {
+    "placement": PLACEMENT_RECIPES,
+    "norm": NORM_RECIPES,
+    "weights": WEIGHT_RECIPES,
+}
 _OPERATORS: dict[str, type] = {"powernorm": PowerNorm, "unified_norm": UnifiedNorm}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A class of llmnorm with its recipe.
+class Entry:
+    """One name of the tables, with its class and recipe.
 
     Args:
         name: as a run file has it.
         kind: one of `KINDS`, or `operator` for one that stands in no model.
         recipe: None for what is registered outside llmnorm.
-        part: the class that was registered.
+        cls: the class registered under the name; `WeightSpec` for all ways to hold weights.
     """
 
     name: str
     kind: str
     recipe: Recipe | None
-    part: type
+    cls: type
 
     @property
     def source(self) -> str:
         """Authors, title, year and arXiv number."""
-        return source_of(self.part) or (self.recipe.paper if self.recipe else "")
+        return PAPERS["weights"][self.name] if self.kind == "weights" else source_of(self.cls)
 
     @property
     def options(self) -> str:
         """Names of the options that a run file may give."""
         if self.kind == "weights":
-            return ""
-        parameters = inspect.signature(self.part).parameters.values()
-        return ", ".join(p.name for p in parameters if p.default is not p.empty)
+            return ", ".join(WEIGHT_OPTIONS[self.name])
+        return ", ".join(options_of(self.cls))
 
     @property
     def summary(self) -> str:
         """The first paragraph of the class's docstring."""
         if self.kind == "weights":
             return ""
-        return (inspect.getdoc(self.part) or "").partition("\n\n")[0].replace("\n", " ")
+        return summary_of(self.cls)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme(Part):
-    """A placement, norm or way to hold weights, with what it resolves to.
+class Choice(Entry):
+    """A placement, norm or way to hold weights: a choice of a run file, and what it resolves to.
 
     Args:
         config: at the shape `REFERENCE`; the choices beside this one are those of the baseline,
@@ -114,49 +118,65 @@ class Scheme(Part):
         return 1 if self.config.streams is None else 2
 
 
-def schemes(kind: str) -> list[Scheme]:
+def options_of(cls: type) -> list[str]:
+    """Names of the options that a run file may give a norm, gain or placement.
+
+    Those of its constructor, and those that its class declares as `config_options` because they
+    are resolved before a module is built.
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    own = [p.name for p in parameters if p.default is not p.empty]
+    return [*own, *getattr(cls, "config_options", ())]
+
+
+def summary_of(cls: type) -> str:
+    """The first paragraph of a class's docstring."""
+    return (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def choices(kind: str) -> list[Choice]:
     """All of one kind: those with recipes in the recipes' order, then the others."""
     recipes = list(_RECIPES[kind])
     names = sorted(_names()[kind], key=lambda n: recipes.index(n) if n in recipes else len(recipes))
-    return [scheme(name, kind) for name in names]
+    return [choice(name, kind) for name in names]
 
 
-def operators() -> list[Part]:
+def operators() -> list[Entry]:
     """The norms by running statistics, which stand in no model."""
     return [
-        Part(name=name, kind="operator", recipe=recipe, part=_OPERATORS[name])
-        for name, recipe in OPERATORS.items()
+        Entry(name=name, kind="operator", recipe=recipe, cls=_OPERATORS[name])
+        for name, recipe in OPERATOR_RECIPES.items()
     ]
 
 
-def named(name: str) -> list[Part]:
+def named(name: str) -> list[Entry]:
     """What has this name: schemes of any kind, and operators.
 
     Raises:
         ConfigError: for an unknown name, with the nearest known one.
     """
-    found = [part for part in operators() if part.name == name]
-    found += [scheme(name, kind) for kind in KINDS if name in _names()[kind]]
+    found = [entry for entry in operators() if entry.name == name]
+    found += [choice(name, kind) for kind in KINDS if name in _names()[kind]]
     if not found:
         known = [*_OPERATORS, *(held for names in _names().values() for held in names)]
         raise ConfigError(f"no scheme is named {name!r}{suggest(name, known)}")
     return found
 
 
-def scheme(name: str, kind: str = "placement") -> Scheme:
-    """The registered scheme of this name and kind."""
-    choice: dict[str, Any] = {kind: name}
-    part: type = WeightSpec
+def choice(name: str, kind: str = "placement") -> Choice:
+    """The choice of this name and kind."""
+    chosen: dict[str, Any] = {kind: name}
+    cls: type = WeightSpec
     if kind == "placement":
-        part = PLACEMENTS[name]
+        cls = PLACEMENTS[name]
         accepted = parse_placement(name).accepts
         if accepted is not None and "rmsnorm" not in accepted:
-            choice["norm"] = accepted[0]
+            chosen["norm"] = accepted[0]
     elif kind == "norm":
-        part = operation(name)
-    config = build_config(REFERENCE, **choice)
+        cls = operation(name)
+    config = build_config(REFERENCE, **chosen)
     recipe = _RECIPES[kind].get(name)
-    return Scheme(name=name, kind=kind, recipe=recipe, part=part, config=config)
+    return Choice(name=name, kind=kind, recipe=recipe, cls=cls, config=config)
 
 
 @cache
@@ -165,13 +185,8 @@ def baseline_parameters() -> int:
     return _counted(build_config(REFERENCE))
 
 
-def arxiv(source: str) -> list[str]:
-    """The arXiv numbers in a source."""
-    return re.findall(r"arXiv:(\d{4}\.\d{4,5})", source)
-
-
 def _names() -> Mapping[str, list[str]]:
-    return {"placement": list_placements(), "norm": list_norms(), "weights": list(WEIGHTS)}
+    return {"placement": list_placements(), "norm": list_norms(), "weights": list(WEIGHT_RECIPES)}
 
 
 def _counted(config: LlmNormConfig) -> int:

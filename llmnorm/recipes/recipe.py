@@ -17,7 +17,6 @@ class Recipe:
         failure: how it is known to fail, or what its published numbers hide.
         holder: the stock Hugging Face class that computes the same function, and how.
         provenance: which of these facts were not read in the paper or its code.
-        paper: for what has no class of its own, whose docstring would name it.
     """
 
     formula: str
@@ -25,7 +24,6 @@ class Recipe:
     failure: str
     holder: str
     provenance: str = ""
-    paper: str = ""
 
     @property
     def classes(self) -> list[str]:
