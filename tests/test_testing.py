@@ -13,7 +13,14 @@ from torch import nn
 from llmnorm import list_norms, list_placements, register, register_norm
 from llmnorm.errors import ConfigError
 from llmnorm.modeling import operations
-from llmnorm.modeling.residual import RESIDUALS, NormSpec, Residual, ResidualSpec, register_residual
+from llmnorm.modeling.residual import (
+    RESIDUAL_SLOTS,
+    RESIDUALS,
+    NormSpec,
+    Residual,
+    ResidualSpec,
+    register_residual,
+)
 from llmnorm.placements import PLACEMENTS, Placement, Site
 from llmnorm.testing import CHECKS, CheckError, check_scheme, find_scheme, run_check
 from llmnorm.testing.saving import check_loading, load_as_stranger
@@ -184,7 +191,7 @@ def test_a_check_names_what_it_saw_and_what_it_expected(
 class Forgetful(Residual):
     """Leave its own slot unread. Source: none."""
 
-    extra = ("first",)
+    slots = (*RESIDUAL_SLOTS, "first")
 
     def forward(
         self, x: torch.Tensor, block_input: torch.Tensor, branch: Any, **kwargs: Any

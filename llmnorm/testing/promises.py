@@ -27,8 +27,8 @@ def check_promises(scheme: Scheme) -> str:
             _expect_broken(model, what)
     self_test(model, fresh=True)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5).add_(0.01)
+        for parameter in model.parameters():  # a matrix keeps its length, which may be promised
+            parameter.mul_(-1) if parameter.ndim > 1 else parameter.mul_(1.5).add_(0.01)
     self_test(model, fresh=False)
     return f"{len(defects)} planted defects named"
 
