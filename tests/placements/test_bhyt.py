@@ -119,7 +119,7 @@ def test_what_it_is_not_defined_for_is_refused() -> None:
         build_config(SHAPE, norm="bhyt", placement={"name": "bhyt", "seq_len": 0})
     with pytest.raises(ConfigError, match="keep weights plain"):
         build_model(build_config(SHAPE, norm="bhyt", placement="bhyt", weights="weight_norm"))
-    with pytest.raises(ValueError, match="is the mlp's, where attention's norm is bhyt"):
+    with pytest.raises(ValueError, match="is the mlp's, where both norms are bhyt"):
         build_residual(ResidualSpec(module="bhyt"), 32)
 
 
