@@ -1,6 +1,6 @@
 """Which placements still learn in a stack of 200 layers, and two of them in one of 1,000.
 
-    python benchmarks/depth.py                       # all of it: hours on two cores
+    python benchmarks/depth.py                       # all of it
     python benchmarks/depth.py --only keel post_ln   # some schemes; the rest keeps its numbers
 
 Every run goes through the ordinary trainer on the source of Python's own library: width 64, one
@@ -8,8 +8,9 @@ learning rate, and one embedding treatment for all but nGPT, whose embedding has
 Matrices start at 1/sqrt(width), where a branch is as large as the stream: at 0.02 the branches of
 so narrow a model hardly touch the stream, and even Post-LN learns. (DeepNorm, SubLN and Fixup bring
 their own init.) A stopped benchmark continues where it was, from the runs' checkpoints. The losses
-of each run stand in `results/depth.json`, the curves in `results/depth.png`. One seed and one
-learning rate: this shows who learns at such depth, it ranks nobody.
+of each run stand in `results/depth.json`, null where they were not finite, the curves
+(`depth_figure.py`) in `results/depth.png`. One seed and one learning rate: this shows who learns at
+such depth, it ranks nobody.
 """
 
 import argparse
@@ -21,11 +22,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from depth_figure import draw
 from record import RESULTS, write_result
 
 from llmnorm.data import open_prepared
@@ -121,16 +119,17 @@ def unigram_entropy(data: Path) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def losses_of(run: Path) -> list[float]:
-    """The training loss of every step in nats."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [math.nan if r["train/loss"] is None else float(r["train/loss"]) for r in records]
+def losses_of(run: Path) -> list[float | None]:
+    """The training loss of every step in nats, None where it was not finite."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [_finite(json.loads(line)["train/loss"]) for line in lines]
 
 
 def measured(stack: Stack, run: Path, entropy: float) -> dict:
     """What is kept of a run: its scheme, how the loss began and ended, and the curve."""
     losses = losses_of(run)
-    last = statistics.fmean(losses[-WINDOW:])
+    end = losses[-WINDOW:]
+    last = None if None in end else statistics.fmean(end)
     return {
         "placement": stack.placement,
         "norm": stack.norm,
@@ -139,28 +138,13 @@ def measured(stack: Stack, run: Path, entropy: float) -> dict:
         "steps": len(losses),
         "first_loss": losses[0],
         "last_loss": last,
-        "learns": bool(last < entropy),
-        "losses": [round(loss, 4) for loss in losses],
+        "learns": last is not None and last < entropy,
+        "losses": [None if loss is None else round(loss, 4) for loss in losses],
     }
 
 
-def draw(rows: dict[str, dict], entropy: float, path: Path) -> None:
-    """The loss curves, the stack of 200 layers on the left and that of 1,000 on the right."""
-    depths = sorted({row["layers"] for row in rows.values()})
-    figure, axes = pyplot.subplots(1, len(depths), figsize=(6 * len(depths), 5), squeeze=False)
-    for axis, depth in zip(axes[0], depths, strict=True):
-        shown = [row for row in rows.values() if row["layers"] == depth]
-        colors = pyplot.colormaps["turbo"]
-        for place, row in enumerate(sorted(shown, key=lambda row: row["last_loss"])):
-            style = "-" if row["learns"] else "--"
-            label = f"{row['last_loss']:.2f}  {row['placement']}"
-            color = colors((place + 0.5) / len(shown))
-            axis.plot(row["losses"], style, color=color, linewidth=1.2, label=label)
-        axis.axhline(entropy, color="black", linewidth=0.8, linestyle=":", label="unigram entropy")
-        axis.set(title=f"{depth} layers of width 64", xlabel="step", ylabel="training loss (nats)")
-        axis.legend(fontsize=7, title=f"mean of the last {WINDOW} steps", title_fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def main() -> int:
@@ -186,7 +170,7 @@ def main() -> int:
         headline = f"{len(learning)} of {len(rows)} deep stacks learn; not: " + (
             ", ".join(sorted(set(rows) - set(learning))) or "none"
         )
-        draw(rows, entropy, RESULTS / "depth.png")
+        draw(rows, entropy, WINDOW, RESULTS / "depth.png")
         write_result("depth", headline, {"unigram_entropy": entropy, "stacks": rows})
     if wrong:
         sys.stdout.write(f"not as expected: {', '.join(wrong)}\n")

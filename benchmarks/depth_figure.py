@@ -1,0 +1,46 @@
+"""The picture of `depth.py`: the loss of every stack, step by step."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def draw(rows: dict[str, dict], entropy: float, window: int, path: Path) -> None:
+    """Draw the loss curves, one panel for each depth.
+
+    Args:
+        rows: what `depth.py` keeps of each run; a loss that is None leaves a gap.
+        entropy: the loss in nats that a stack has to get below.
+        window: how many of the last steps `last_loss` is the mean of.
+        path: the picture.
+    """
+    depths = sorted({row["layers"] for row in rows.values()})
+    figure, axes = pyplot.subplots(1, len(depths), figsize=(6 * len(depths), 5), squeeze=False)
+    colors = pyplot.colormaps["turbo"]
+    for axis, depth in zip(axes[0], depths, strict=True):
+        shown = ranked([row for row in rows.values() if row["layers"] == depth])
+        for place, row in enumerate(shown):
+            losses = [math.nan if loss is None else loss for loss in row["losses"]]
+            style, color = "-" if row["learns"] else "--", colors((place + 0.5) / len(shown))
+            axis.plot(losses, style, color=color, linewidth=1.2, label=label(row))
+        axis.axhline(entropy, color="black", linewidth=0.8, linestyle=":", label="unigram entropy")
+        axis.set(title=f"{depth} layers of width 64", xlabel="step", ylabel="training loss (nats)")
+        axis.legend(fontsize=7, title=f"mean of the last {window} steps", title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+    """The lowest last loss first, those without one at the end."""
+    return sorted(rows, key=lambda row: math.inf if row["last_loss"] is None else row["last_loss"])
+
+
+def label(row: dict) -> str:
+    """The words of the legend."""
+    last = "diverged" if row["last_loss"] is None else f"{row['last_loss']:.2f}"
+    return f"{last}  {row['placement']}"
