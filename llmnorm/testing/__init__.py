@@ -67,7 +67,7 @@ class Report:
 def check_scheme(
     name: str | Mapping[str, Any], *, norm: str | Mapping[str, Any] | None = None, **options: Any
 ) -> Report:
-    """Run every check on a scheme; takes about ten seconds.
+    """Run every check on a scheme.
 
     Args:
         name: a placement, or a norm (which is then checked with pre_ln), registered anywhere; as in

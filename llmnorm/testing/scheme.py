@@ -89,15 +89,14 @@ def find_scheme(
     Raises:
         ConfigError: for a name that is registered as neither, or a norm given with a norm's name.
     """
-    known = "" if isinstance(name, str) else name.get("name", name.get("op"))
-    known = name if isinstance(name, str) else known
-    is_norm = isinstance(name, Mapping) and "op" in name
-    if known in PLACEMENTS and not is_norm:
+    by_op = isinstance(name, Mapping) and "op" in name
+    called = name if isinstance(name, str) else name.get("op" if by_op else "name")
+    if called in PLACEMENTS and not by_op:
         accepted = parse_placement(name).accepts or ("rmsnorm",)
         return Scheme(norm=norm or accepted[0], placement=name, options=options)
-    if known not in list_norms():
+    if called not in list_norms():
         names = list_placements() + list_norms()
-        raise ConfigError(f"no scheme is called {known!r}{suggest(str(known), names)}")
+        raise ConfigError(f"no scheme is called {called!r}{suggest(str(called), names)}")
     if norm is not None:
-        raise ConfigError(f"{known} is a norm, so no second one ({norm!r}) fits beside it")
+        raise ConfigError(f"{called} is a norm, so no second one ({norm!r}) fits beside it")
     return Scheme(norm=name, placement="pre_ln", options=options)
