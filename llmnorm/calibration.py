@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
-from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
-from llmnorm.modeling.residual import NormSpec
+from llmnorm.modeling.modeling_llmnorm import LlmNormModel
+from llmnorm.modeling.residual import NormSpec, ResidualSpec
 
 _PROFILED = "profiled_gain"
 _SEQUENCES, _SEQ = 8, 128  # of the random tokens that are measured on
@@ -40,22 +40,31 @@ def calibrated(config: LlmNormConfig) -> LlmNormConfig:
 
 @torch.no_grad()
 def branch_variances(config: LlmNormConfig) -> list[float]:
-    """Var F of each sublayer, in order, of the initial model of seed 0 on random tokens."""
+    """Var F of each sublayer, in order, of the initial model of seed 0 on random tokens.
+
+    The trunk alone is built and run: no head, no logits.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = LlmNormForCausalLM(config)
+        trunk = LlmNormModel(config)
     variances: list[float] = []
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...], branch: Tensor) -> None:
         variances.append(branch.double().var(correction=0).item())
 
-    for layer in model.model.layers:
+    for layer in trunk.layers:
         layer.attn_residual.post.register_forward_hook(measure)
         layer.mlp_residual.post.register_forward_hook(measure)
     generator = torch.Generator().manual_seed(0)
     shape = (_SEQUENCES, min(_SEQ, config.max_position_embeddings))
-    model.eval()(torch.randint(config.vocab_size, shape, generator=generator), use_cache=False)
+    trunk.eval()(torch.randint(config.vocab_size, shape, generator=generator), use_cache=False)
     return variances
+
+
+def unmeasured(spec: ResidualSpec) -> ResidualSpec:
+    """The same wiring without the starts that were measured for it."""
+    held = {slot: norm for slot, norm in spec.slots().items() if norm.op == _PROFILED}
+    return spec.having(**{slot: norm.having(value=0.0) for slot, norm in held.items()})
 
 
 def _waits(spec: NormSpec) -> bool:

@@ -142,11 +142,12 @@ class ScalarBias(nn.Module):
 class ProfiledGain(Gain):
     """A `gain` whose start is measured on the scheme's own initial model (Admin).
 
-    `llmnorm.calibration` measures `value`. Until then the weight is NaN, so that a model made
-    without it neither trains nor passes the self test.
+    `llmnorm.calibration` measures `value`. Until then there is nothing to start from, so a model
+    made without it, as by `AutoModelForCausalLM.from_config`, is refused where its weights are
+    drawn.
 
     Raises:
-        ValueError: if ``value < 0``.
+        ValueError: if ``value < 0``; in `reset_parameters`, if it was never measured.
     """
 
     def __init__(self, dim: int, *, value: float = 0.0) -> None:
@@ -155,6 +156,14 @@ class ProfiledGain(Gain):
                 f"profiled_gain.value is {value!r}; expected above 0, or 0: unmeasured"
             )
         super().__init__(dim, value=value or math.nan)
+
+    def reset_parameters(self) -> None:
+        loaded = getattr(self.weight, "_is_hf_initialized", False)
+        if math.isnan(self.value) and not (self.weight.is_meta or loaded):
+            raise ValueError(
+                "profiled_gain has no value to start from; llmnorm.build_model measures it"
+            )
+        super().reset_parameters()
 
 
 class EmbeddingScale(nn.Module):

@@ -1,7 +1,8 @@
 """`training.init_from`: the weights of a finished model as the start of a new run.
 
-Names and shapes must fit, and so must what they do not tell: how the norms are wired, and whether
-the head is the embedding.
+Names and shapes must fit, and so must what they do not tell: how the norms are wired, how matrices
+are held, and whether the head is the embedding. Starts that a scheme measures are not compared: the
+weights that are copied replace them.
 """
 
 import json
@@ -16,7 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmnorm import LlmNormConfig
+from llmnorm.calibration import unmeasured
 from llmnorm.errors import CheckpointError
+from llmnorm.modeling.initialization import InitSpec
+from llmnorm.modeling.parametrization import Parametrization
 from llmnorm.modeling.weights import WeightSpec
 from llmnorm.training.directory import flatten
 
@@ -64,14 +68,16 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model of ours whose weights have the same shapes but another meaning."""
+    """Refuse weights of the same shapes but another meaning, as far as their config tells it."""
     assert isinstance(model.config, LlmNormConfig)
     path = folder / "config.json"
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
-        if text.get("model_type") != LlmNormConfig.model_type:
-            return
-        stored, wanted = _wiring(LlmNormConfig.from_dict(text)), _wiring(model.config)
+        wanted = _wiring(model.config)
+        if text.get("model_type") == LlmNormConfig.model_type:
+            stored = _wiring(LlmNormConfig.from_dict(text))
+        else:
+            stored = {**wanted, "weights": "plain"}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
     for key in [*wanted, *stored]:
@@ -85,6 +91,7 @@ def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
 def _wiring(config: LlmNormConfig) -> dict[str, Any]:
     """Return what the weights' names and shapes do not tell, under dotted keys."""
     norm, embedding = config.final_norm_spec(), config.embedding_spec()
+    weights = WeightSpec.parse(config.weights).kind
     return flatten(
         {
             "num_attention_heads": config.num_attention_heads,
@@ -92,17 +99,32 @@ def _wiring(config: LlmNormConfig) -> dict[str, Any]:
             "position": config.position,
             "rope_theta": config.rope_parameters["rope_theta"] if config.position == "rope" else 0,
             "residuals": {
-                str(index): {"attn": attn.to_dict(), "mlp": mlp.to_dict()}
+                str(index): {
+                    "attn": unmeasured(attn).to_dict(),
+                    "mlp": unmeasured(mlp).to_dict(),
+                }
                 for index, (attn, mlp) in enumerate(config.residual_specs())
             },
             "final_norm": norm and norm.to_dict(),
             "logits": config.logits,
             "streams": config.streams,
-            "weights": WeightSpec.parse(config.weights).kind,
+            "weights": weights,
+            "projected": _lengths(config) if weights == "project" else None,
             "embedding": embedding.treatment,
             "embedding_norm": embedding.norm and embedding.norm.to_dict(),
         }
     )
+
+
+def _lengths(config: LlmNormConfig) -> dict[str, Any]:
+    """What says how long `project` keeps a matrix: one of another length is rescaled at once."""
+    return {
+        "init": InitSpec.parse(config.init).policy,
+        "initializer_range": config.initializer_range,
+        "width_ratio": Parametrization.parse(config.parametrization).width_ratio(
+            config.hidden_size
+        ),
+    }
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from schemes import SHAPE, tokens
+from transformers import AutoModelForCausalLM
 from wiring import assert_follows, attention, mlp, model_of, names_in_layers, norm_names, rms
 
 from llmnorm import LlmNormForCausalLM, build_config, build_model, self_test
 from llmnorm.calibration import calibrated
-from llmnorm.errors import SelfTestError
+from llmnorm.errors import CheckpointError, SelfTestError
 from llmnorm.training.weights import load_weights
 
 pytestmark = pytest.mark.fast
@@ -75,12 +76,39 @@ def test_the_starts_belong_to_the_scheme_and_not_to_a_seed() -> None:
     assert calibrated(one.config) is one.config
 
 
-def test_a_model_made_without_measuring_is_no_post_ln_in_disguise() -> None:
-    model = LlmNormForCausalLM(build_config(SHAPE, **LARGE))
-    for fresh in (True, False):
-        with pytest.raises(SelfTestError, match=r"layers\.0\.attn_residual\.skip\.value is nan"):
-            self_test(model, fresh=fresh)
-    assert model(tokens(), labels=tokens()).loss.isnan()
+def test_a_model_made_without_measuring_is_refused_where_its_weights_are_drawn() -> None:
+    """Not Post-LN in disguise, and no NaN later."""
+    config = build_config(SHAPE, **LARGE)
+    for make in (LlmNormForCausalLM, AutoModelForCausalLM.from_config):
+        with pytest.raises(ValueError, match=r"no value to start from; llmnorm\.build_model"):
+            make(config)
+    with torch.device("meta"):
+        empty = LlmNormForCausalLM(config)  # to count its parameters, say
+    empty.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"no value to start from"):
+        empty.init_weights()
+
+
+@pytest.mark.parametrize("weights", ["loaded", "drawn"])
+def test_a_measured_config_makes_models_anywhere(weights: str, tmp_path: Path) -> None:
+    model = build_model(build_config(SHAPE, **LARGE))
+    if weights == "loaded":
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        again = AutoModelForCausalLM.from_config(model.config)
+    self_test(again, fresh=True)
+    assert again(tokens(), labels=tokens()).loss.isfinite()
+
+
+def test_only_the_trunk_is_run_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(SHAPE, **LARGE)
+    wanted = starts(build_model(config))
+    monkeypatch.setattr(LlmNormForCausalLM, "__init__", lambda *_: pytest.fail("a head was made"))
+    measured = calibrated(config).residuals
+    assert [
+        layer[kind]["skip"]["value"] for layer in measured for kind in ("attn", "mlp")
+    ] == wanted
 
 
 def test_a_start_of_another_size_is_named() -> None:
@@ -113,3 +141,17 @@ def test_a_run_of_another_seed_may_start_from_its_weights(tmp_path: Path) -> Non
     first.save_pretrained(tmp_path)
     load_weights(second, tmp_path)
     assert torch.equal(second.lm_head.weight, first.lm_head.weight)
+
+
+def test_measured_starts_are_no_part_of_the_wiring_that_weights_must_fit(tmp_path: Path) -> None:
+    """They depend on the init, which trained weights have left behind."""
+    first = build_model(build_config(SHAPE, **LARGE))
+    second = build_model(build_config(SHAPE, placement="admin", initializer_range=0.1))
+    assert starts(first) != starts(second)
+    first.save_pretrained(tmp_path)
+    load_weights(second, tmp_path)
+    skips = [model.model.layers[3].mlp_residual.skip.weight for model in (first, second)]
+    assert torch.equal(*skips)
+    post_ln = build_model(build_config(SHAPE, placement="post_ln"))
+    with pytest.raises(CheckpointError, match=r"residuals\.0\.attn\.skip"):
+        load_weights(post_ln, tmp_path)

@@ -69,6 +69,40 @@ def test_equal_shapes_of_another_wiring_are_refused(
         load_weights(_model(), folder)
 
 
+@pytest.mark.parametrize("weights", ["unit", "project", "lawn"])
+def test_matrices_trained_freely_do_not_start_a_run_that_holds_their_length(
+    weights: str, tmp_path: Path
+) -> None:
+    """The first step would rescale them, and with them the function."""
+    folder = _folder(tmp_path)
+    with pytest.raises(CheckpointError, match=f"its weights is plain, this run's {weights}"):
+        load_weights(_model(weights=weights), folder)
+    path = folder / "config.json"  # another library's file of the same names and shapes
+    path.write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=f"its weights is plain, this run's {weights}"):
+        load_weights(_model(weights=weights), folder)
+    load_weights(_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"initializer_range": 0.06}, r"projected\.initializer_range is 0.06, this run's 0.02"),
+        ({"init": "scaled"}, r"projected\.init is scaled, this run's plain"),
+    ],
+)
+def test_projected_matrices_of_another_length_are_refused(
+    other: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    project: Any = {"kind": "project", "interval_steps": 3}
+    folder = _folder(tmp_path, weights="project", **other)
+    with pytest.raises(CheckpointError, match=named):
+        load_weights(_model(weights=project), folder)
+    load_weights(_model(weights=project, **other), folder)
+    free = _folder(tmp_path / "free", **other)
+    load_weights(_model(), free)  # where nothing keeps a length, init tells nothing
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone/config\.json cannot be read"):
         load_weights(_model(), tmp_path / "gone")
