@@ -18,6 +18,8 @@ from llmnorm.data import GlobalBatches, Prepared, open_prepared
 from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
+from llmnorm.modeling.norms import TaperNorm
+from llmnorm.modeling.travel import foreign_sources
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
 from llmnorm.training.weights import load_weights
@@ -79,6 +81,7 @@ def describe_run(
         per_parameter,
         tokens / train.tokens,
     )
+    _warn_if_short(plan, model)
     return {
         "config_fingerprint": config.fingerprint(),
         "data": {
@@ -93,6 +96,18 @@ def describe_run(
         "tokens_per_non_embedding_parameter": per_parameter,
         "schedule": asdict(plan.schedule),
     }
+
+
+def _warn_if_short(plan: Plan, model: PreTrainedModel) -> None:
+    """Log one warning if the run ends before the gates of tapernorm are closed."""
+    opened = [m for m in model.modules() if isinstance(m, TaperNorm) and m.gate.item() > 0]
+    needed = max((m.warmup_steps + m.taper_steps for m in opened), default=0)
+    if plan.steps < needed:
+        logger.warning(
+            "tapernorm folds after warmup_steps + taper_steps = %d steps, this run has %d: the "
+            "finished model still normalizes; set both in model.norm",
+            *(needed, plan.steps),
+        )
 
 
 def check_same_data(facts: Mapping[str, Any], data: Prepared, run: Path) -> None:
@@ -141,7 +156,8 @@ def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> Llm
     """Build the model for this data, fresh or with the weights of the folder `init_from`.
 
     Raises:
-        ConfigError: if `model.overrides` gives a smaller vocabulary than the data's.
+        ConfigError: if `model.overrides` gives a smaller vocabulary than the data's, or the code of
+            a norm or joint from outside cannot be saved with the model.
     """
     arguments = config.model.build_arguments()
     vocab_size = config.model.overrides.get("vocab_size", data.vocab_size)
@@ -163,6 +179,10 @@ def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> Llm
         arguments["max_position_embeddings"] = config.data.seq_len
         model_config = build_config(**arguments)
     model = build_model(model_config, seed=config.training.seed)
+    try:
+        foreign_sources(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if init_from is not None:
         load_weights(model, init_from)
     return model

@@ -278,6 +278,41 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_a_run_that_starts_from_a_tapered_model_leaves_it_tapered(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its steps begin at 1, and so they do where the run is stopped within the warm-up."""
+    first = tiny("first", **RULES["tapernorm"])
+    train(first)
+    then = tiny("then", training__init_from=str(first.output.dir / "final"), **RULES["tapernorm"])
+    stop_after(4, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(then)
+    train(then)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(config.output.dir / "final")
+        for config in (first, then)
+    )
+    norms = [name for name, m in one.named_modules() if hasattr(m, "after_step")]
+    assert len(norms) == 4
+    for name in norms:
+        before, after = one.get_submodule(name), other.get_submodule(name)
+        assert after.gate.item() == 0.0
+        assert torch.equal(after.c, before.c)
+        assert (after.taper_weight - before.taper_weight).abs().max() < 0.2
+    losses = [metrics(config.output.dir)[-1]["train/loss"] for config in (first, then)]
+    assert losses[1] < losses[0]
+    assert "still normalizes" not in caplog.text
+
+
+def test_a_run_too_short_to_taper_says_so_once(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny(model__norm__op="tapernorm", training__max_steps=1))
+    (told,) = [record.message for record in caplog.records if "tapernorm" in record.message]
+    assert "warmup_steps + taper_steps = 2000 steps, this run has 1" in told
+
+
 def _poison(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Make these (0-based) steps unsound; record whether all tensors stayed as they were."""
     real = PlainEngine.clip_and_step

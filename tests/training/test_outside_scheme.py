@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmnorm import self_test
 from llmnorm.config import load_run_config
 from llmnorm.data import Prepared
+from llmnorm.errors import ConfigError
 from llmnorm.modeling import operations
 from llmnorm.placements import PLACEMENTS
 from llmnorm.testing.saving import load_as_stranger
@@ -98,6 +99,20 @@ def test_the_example_passes_every_check_in_a_process_of_its_own(outside: Path) -
     lines = done.stdout.splitlines()
     assert "max_norm + damped" in lines
     assert "  saving: loaded without damped, llmnorm, max_norm" in lines
+
+
+def test_a_norm_whose_code_cannot_be_saved_stops_the_run_before_it_trains(
+    outside: Path, data: Prepared, tmp_path: Path
+) -> None:
+    """Its file imports another one, which the saved model would miss."""
+    (outside / "beside.py").write_text("")
+    norm = outside / "max_norm.py"
+    norm.write_text(f"import beside\n{norm.read_text()}")
+    words = tiny_words(data.path, tmp_path / "run", model__imports=["max_norm"])
+    config = load_run_config(None, [*words, "--model.norm.op", "max_norm"])
+    with pytest.raises(ConfigError, match=r"max_norm\.py:1: MaxNorm must travel with the model"):
+        train(config)
+    assert not (config.output.dir / "metrics.jsonl").exists()
 
 
 @pytest.mark.fast
