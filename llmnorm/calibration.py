@@ -6,6 +6,7 @@ rounded, so that a config resolves to the same numbers in every run. `build_mode
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def branch_variances(config: LlmNormConfig) -> list[float]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        trunk = LlmNormModel(config)
+        trunk: Any = LlmNormModel(config)
     variances: list[float] = []
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...], branch: Tensor) -> None:
