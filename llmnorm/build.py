@@ -177,8 +177,6 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
 def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     """Apply the rule to every site and store what it says, then seal it."""
     at = {kind: norm.at(kind, config.hidden_size) for kind in ("attn", "mlp", "final")}
-    qk_norm = config.qk_norm_specs()
-    mup = Parametrization.parse(config.parametrization).name == "mup"
     residuals = []
     for layer_idx in range(config.num_hidden_layers):
         layer = {}
@@ -192,14 +190,10 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
                 head_dim=config.head_dim,
             )
             layer[kind] = rule.residual(site, at[kind])
-        slots = layer["attn"].slots()
-        for slot in qk_norm.keys() & slots.keys():
-            raise ValueError(f"placement {rule.name} fills slot {slot} itself; set qk_norm to none")
-        slots |= qk_norm
-        if mup:  # scores are divided by head_dim, not by its root
-            slots["q"] = slots.get("q", constant(1.0)).scaled(config.head_dim**-0.5)
-        layer["attn"] = layer["attn"].having(**slots)
+        layer["attn"] = _with_qk_norm(layer["attn"], config, rule)
         layer["mlp"] = _sharing(layer["mlp"], layer["attn"])
+        if config.mlp == "plain":
+            layer["mlp"] = replace(layer["mlp"], gate=None)
         residuals.append({kind: spec.to_dict() for kind, spec in layer.items()})
     config.residuals = residuals
     config.final_norm = _stored(rule.final_norm(at["final"]))
@@ -207,6 +201,20 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
     config.streams = _stored(rule.streams(at["final"]))
     config.wiring = config.seal()
     _try_out(config)
+
+
+def _with_qk_norm(attn: ResidualSpec, config: LlmNormConfig, rule: Placement) -> ResidualSpec:
+    """Add the norms of `qk_norm`, and muP's scores: divided by head_dim, not by its root."""
+    slots, qk_norm = attn.slots(), config.qk_norm_specs()
+    own = {slot.removesuffix("_rotated") for slot in slots}
+    for slot in sorted(qk_norm):
+        if slot.removesuffix("_rotated") in own:
+            raise ValueError(f"placement {rule.name} fills slot {slot} itself; set qk_norm to none")
+    slots |= qk_norm
+    if Parametrization.parse(config.parametrization).name == "mup":
+        last = "q_rotated" if "q_rotated" in slots else "q"  # a norm after it would undo it
+        slots[last] = slots.get(last, constant(1.0)).scaled(config.head_dim**-0.5)
+    return attn.having(**slots)
 
 
 def _sharing(mlp: ResidualSpec, attn: ResidualSpec) -> ResidualSpec:

@@ -17,7 +17,6 @@ from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.initialization import expected_std
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM, embedding_scale
 from llmnorm.modeling.residual import (
-    RESIDUAL_SLOTS,
     RESIDUALS,
     SOURCES,
     NormSpec,
@@ -55,6 +54,7 @@ def self_test(model: nn.Module, *, fresh: bool) -> None:
         _check_slots(causal, fresh=True)
         _check_embedding(causal, fresh=True)
         _check_matrices(causal)
+        _check_unit_rows(causal)
 
 
 def promised_slots(config: LlmNormConfig) -> Iterator[tuple[str, NormSpec | None, int]]:
@@ -69,7 +69,7 @@ def promised_slots(config: LlmNormConfig) -> Iterator[tuple[str, NormSpec | None
     yield "model.embedding_norm", config.embedding_spec().norm, hidden
     for i, (attn, mlp) in enumerate(config.residual_specs()):
         for kind, spec in (("attn", attn), ("mlp", mlp)):
-            for slot in RESIDUAL_SLOTS:
+            for slot in RESIDUALS[spec.module].slots:
                 yield f"model.layers.{i}.{kind}_residual.{slot}", getattr(spec, slot), hidden
         for slot, count in heads.items():
             held: NormSpec | None = getattr(attn, slot)
@@ -185,8 +185,7 @@ def _check_parameters(model: Any) -> None:
 
 
 def _check_matrices(model: Any) -> None:
-    """The std of every matrix, its rows' lengths where the config's `weights` rules them."""
-    unit = WeightSpec.parse(model.config.weights).kind == "unit"
+    """The std of every matrix, zero biases, the lengths that weight normalization starts from."""
     for name, module in model.named_modules():
         tied = name == "lm_head" and module.weight is model.model.embed_tokens.weight
         if isinstance(module, nn.Linear | nn.Embedding) and not tied:
@@ -200,17 +199,25 @@ def _check_matrices(model: Any) -> None:
                 )
             if isinstance(module, nn.Linear) and module.bias is not None:
                 _check_equal(f"{name}.bias", module.bias, torch.zeros(module.out_features))
-            if unit:
-                _check_lengths(f"{name}.weight", _whole(module.weight).norm(dim=unit_dim(name)))
             if isinstance(module, WeightNormLinear):
-                rows = _whole(module.weight).norm(dim=1)
-                _check_lengths(f"{name}.length", _whole(module.length) / rows)
+                rows = _whole(module.weight).float().norm(dim=1)
+                _check_lengths(f"{name}.length", module.length, _whole(module.length) / rows)
 
 
-def _check_lengths(name: str, lengths: torch.Tensor) -> None:
-    """Lengths in units of the promised ones, up to float32 rounding."""
-    if not torch.allclose(lengths, torch.ones_like(lengths), rtol=0, atol=1e-4):
-        raise SelfTestError(f"{name} starts with rows whose lengths are not the promised ones")
+def _check_unit_rows(model: Any) -> None:
+    """Where `weights` is `unit`, every matrix has rows of length 1."""
+    if WeightSpec.parse(model.config.weights).kind == "unit":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                lengths = _whole(module.weight).float().norm(dim=unit_dim(name))
+                _check_lengths(f"{name}.weight", module.weight, lengths)
+
+
+def _check_lengths(name: str, parameter: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Lengths in units of the promised ones, up to the rounding of the parameter's dtype."""
+    rounding = 4 * max(torch.finfo(parameter.dtype).eps, 1e-5)
+    if not torch.allclose(lengths, torch.ones_like(lengths), rtol=0, atol=rounding):
+        raise SelfTestError(f"{name} has rows whose lengths are not the promised ones")
 
 
 def _whole(parameter: Any) -> torch.Tensor:

@@ -216,6 +216,8 @@ class LlmNormConfig(PreTrainedConfig):
             )
         self._check_seal()
         layers = [parse_layer(layer) for layer in self.residuals]
+        if self.mlp == "plain" and any(mlp.gate for _, mlp in layers):
+            raise ValueError("slot gate is a gated mlp's; mlp is 'plain'")
         streams = 1 if self.streams is None else 2
         for module in {spec.module for pair in layers for spec in pair}:
             if RESIDUALS[module].streams != streams:

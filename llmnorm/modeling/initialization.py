@@ -133,6 +133,13 @@ class InitSpec:
         return spec
 
 
+def embedding_std(config: Any) -> float:
+    """Std of the embedding as a config's `init` and `weights` ask."""
+    if WeightSpec.parse(config.weights).kind == "unit":
+        return config.hidden_size**-0.5
+    return InitSpec.parse(config.init).embedding_std or config.initializer_range
+
+
 def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> float:
     """Std that the config's policy asks of a matrix, by its name in the causal model.
 
@@ -146,10 +153,10 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
         config: an `LlmNormConfig`.
     """
     spec = InitSpec.parse(config.init)
+    if isinstance(module, nn.Embedding):
+        return embedding_std(config)
     if WeightSpec.parse(config.weights).kind == "unit":
         return module.weight.shape[unit_dim(name)] ** -0.5
-    if isinstance(module, nn.Embedding):
-        return spec.embedding_std or config.initializer_range
     parts = name.split(".")
     if "layers" not in parts:
         return config.initializer_range

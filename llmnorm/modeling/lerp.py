@@ -1,11 +1,8 @@
 """nGPT's joint: a step from the stream towards the branch, on the unit sphere."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from .residual import Residual, register_residual
+from .residual import RESIDUAL_SLOTS, Residual, register_residual
 
 
 @register_residual("lerp")
@@ -22,16 +19,7 @@ class Lerp(Residual):
     Source: Loshchilov et al., "nGPT", 2024, arXiv:2410.01131, equations 10 and 11.
     """
 
-    extra = ("first",)
+    slots = (*RESIDUAL_SLOTS, "first")
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        block_input: torch.Tensor,
-        branch: Callable[..., torch.Tensor],
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        s = (self.entry(x), block_input)
-        carried = self.skip(s[self.skips])
-        target = self.post(branch(self.pre(s[self.reads]), **kwargs))
-        return self.out(carried + self.first(target - carried))
+    def join(self, carried: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        return carried + self.first(f - carried)

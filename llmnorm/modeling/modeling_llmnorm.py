@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import Attention, AttentionCore
 from .configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from .gains import EmbeddingScale
-from .initialization import InitSpec, mark, start
+from .initialization import embedding_std, mark, start
 from .mlp import MLPS
 from .operations import OPERATIONS, compute_dtype
 from .residual import ResidualSpec, build_residual, build_slot
@@ -40,7 +40,7 @@ def embedding_scale(spec: EmbeddingSpec, config: LlmNormConfig) -> nn.Module:
     """The learned scalar that an embedding treatment `scale` asks for, else identity."""
     if spec.treatment != "scale":
         return nn.Identity()
-    std = InitSpec.parse(config.init).embedding_std or config.initializer_range
+    std = embedding_std(config)
     return EmbeddingScale({"unit_rms": 1 / std, "sqrt_dim": config.hidden_size**0.5}[spec.init])
 
 

@@ -65,7 +65,7 @@ class Parametrization:
         spec = cls(**given)
         if spec.name not in ("standard", "mup"):
             raise ValueError(f"parametrization is {spec.name!r}; expected standard or mup")
-        if spec.name == "standard" and len(given) > 1:
+        if spec.name == "standard" and set(given) - {"name"}:
             raise ValueError("parametrization.base_width and the like are for 'mup' alone")
         if "alpha" in given and spec.base_depth is None:
             raise ValueError("parametrization.alpha is for a base_depth; give that too")

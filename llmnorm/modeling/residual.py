@@ -15,6 +15,7 @@ diagram. Joints that are no slots (`lerp.py`, `streams.py`) subclass `Residual` 
 `module`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -74,6 +75,8 @@ class NormSpec:
     def scaled(self, factor: float) -> "NormSpec":
         """The same norm with its output multiplied by a constant."""
         key = "value" if self.op == "constant" else "scale"
+        if key not in inspect.signature(operation(self.op).__init__).parameters:
+            raise ValueError(f"{self.op} cannot be multiplied by a constant: it has no `scale`")
         return self.having(**{key: factor * self.options.get(key, 1.0)})
 
     def having(self, **options: Any) -> "NormSpec":
@@ -101,7 +104,7 @@ def constant(value: float) -> NormSpec:
 
 ATTENTION_SLOTS = ("q", "k", "v", "q_rotated", "k_rotated")
 MLP_SLOTS = ("gate", "up")
-RESIDUAL_SLOTS = ("entry", "pre", "post", "skip", "out", "first", "second")
+RESIDUAL_SLOTS = ("entry", "pre", "post", "skip", "out")
 SOURCES = ("stream", "block")
 
 
@@ -139,8 +142,6 @@ class ResidualSpec:
         for slot, spec in self.slots().items():
             if spec.per_head and slot not in ("q", "k", "v"):
                 raise ValueError(f"per_head is for slots q, k and v; {spec.op} stands in {slot}")
-            if spec.shared and slot not in RESIDUAL_SLOTS:
-                raise ValueError(f"slot {slot} cannot be shared; only {', '.join(RESIDUAL_SLOTS)}")
         for name in ("reads", "skips"):
             if getattr(self, name) not in SOURCES:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected stream or block")
@@ -148,10 +149,13 @@ class ResidualSpec:
             known = ", ".join(sorted(RESIDUALS))
             raise ValueError(f"unknown residual module {self.module!r}; known: {known}")
         joint = RESIDUALS[self.module]
-        for slot in {"first", "second"} & set(self.slots()) - set(joint.extra):
-            raise ValueError(f"residual module {self.module} has no slot {slot}")
-        if joint.streams > 1 and (self.reads, self.skips) != ("stream", "stream"):
-            raise ValueError(f"residual module {self.module} reads and skips its own streams alone")
+        for slot, spec in self.slots().items():
+            if slot in ("first", "second") and slot not in joint.slots:
+                raise ValueError(f"residual module {self.module} has no slot {slot}")
+            if spec.shared and slot not in joint.slots:
+                raise ValueError(f"slot {slot} cannot be shared; only {', '.join(joint.slots)}")
+        if not joint.routed and (self.reads, self.skips) != ("stream", "stream"):
+            raise ValueError(f"residual module {self.module} reads and skips the stream alone")
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "ResidualSpec":
@@ -216,19 +220,20 @@ def build_slot(spec: NormSpec | None, dim: int) -> nn.Module:
 
 
 class Shared(nn.Module):
-    """Apply a module that lives in another slot; its parameters are counted there."""
+    """Apply the module that another slot holds; its parameters are counted there."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, slot: str) -> None:
         super().__init__()
-        self._elsewhere = (module,)  # a tuple, so that it is not registered twice
+        self._elsewhere = (owner,)  # a tuple, so that it is not registered twice
+        self.slot = slot
 
     @property
     def module(self) -> nn.Module:
         """The module, where it lives."""
-        return self._elsewhere[0]
+        return getattr(self._elsewhere[0], self.slot)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._elsewhere[0](x)
+        return getattr(self._elsewhere[0], self.slot)(x)
 
 
 RESIDUALS: dict[str, type["Residual"]] = {}
@@ -266,8 +271,9 @@ class Residual(nn.Module):
         block: for the mlp's residual, the block as built so far: `attn_residual`, `self_attn`.
     """
 
+    slots: ClassVar[tuple[str, ...]] = RESIDUAL_SLOTS
     streams: ClassVar[int] = 1
-    extra: ClassVar[tuple[str, ...]] = ()  # which of the slots `first` and `second` it has
+    routed: ClassVar[bool] = True  # whether it follows `reads` and `skips`
     entry: nn.Module
     pre: nn.Module
     post: nn.Module
@@ -278,10 +284,10 @@ class Residual(nn.Module):
 
     def __init__(self, spec: ResidualSpec, dim: int, block: Any = None) -> None:
         super().__init__()
-        for slot in RESIDUAL_SLOTS:
+        for slot in self.slots:
             held: NormSpec | None = getattr(spec, slot)
             if held is not None and held.shared:
-                setattr(self, slot, Shared(getattr(block.attn_residual, slot)))
+                setattr(self, slot, Shared(block.attn_residual, slot))
             else:
                 setattr(self, slot, build_slot(held, dim))
         self.reads, self.skips = SOURCES.index(spec.reads), SOURCES.index(spec.skips)
@@ -294,9 +300,12 @@ class Residual(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         s = (self.entry(x), block_input)
-        return self.out(
-            self.skip(s[self.skips]) + self.post(branch(self.pre(s[self.reads]), **kwargs))
-        )
+        f = self.post(branch(self.pre(s[self.reads]), **kwargs))
+        return self.out(self.join(self.skip(s[self.skips]), f))
+
+    def join(self, carried: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """What the skip carries and the branch, made one."""
+        return carried + f
 
 
 def build_residual(spec: ResidualSpec, dim: int, block: Any = None) -> Residual:

@@ -1,13 +1,14 @@
 """Full BHyT's joint: the mlp's norm does not measure its input but reuses the block's."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from .bhyt import BHyT
 from .operations import compute_dtype
-from .residual import Residual, ResidualSpec, register_residual
+from .residual import RESIDUAL_SLOTS, Residual, ResidualSpec, register_residual
 
 
 @register_residual("bhyt")
@@ -25,21 +26,24 @@ class ReusedMeanSquare(Residual):
     Shape: x, block_input and y are (batch, seq, hidden), m is (batch, seq, 1).
 
     Raises:
-        ValueError: where attention's norm is no `bhyt`, or its matrices are not held plainly.
+        ValueError: where attention's or the mlp's norm is no `bhyt`, or attention's matrices are
+            not held plainly.
 
     Source: BHyT, ICML 2026, arXiv:2601.09719.
     """
 
-    extra: ClassVar[tuple[str, ...]] = ("first",)
+    slots = (*RESIDUAL_SLOTS, "first")
+    routed = False
 
     def __init__(self, spec: ResidualSpec, dim: int, block: Any = None) -> None:
         super().__init__(spec, dim, block)
         attention = getattr(block, "self_attn", None)
-        if attention is None or not hasattr(block.attn_residual.pre, "lam"):
-            raise ValueError("residual module bhyt is the mlp's, where attention's norm is bhyt")
+        norms = (getattr(getattr(block, "attn_residual", None), "pre", None), self.pre)
+        if attention is None or not all(isinstance(norm, BHyT) for norm in norms):
+            raise ValueError("residual module bhyt is the mlp's, where both norms are bhyt")
         if type(attention.v_proj) is not nn.Linear:
             raise ValueError("residual module bhyt reads attention's matrices; keep weights plain")
-        self._elsewhere = (block.attn_residual.pre, attention)  # a tuple: not registered twice
+        self._elsewhere = (block.attn_residual, attention)  # a tuple: not registered twice
 
     def forward(
         self,
@@ -55,14 +59,16 @@ class ReusedMeanSquare(Residual):
 
     def growth(self) -> torch.Tensor:
         """What attention is taken to add to the mean square: c (lam / kappa)^2, shape (1,)."""
-        norm, attention = self._elsewhere
+        residual, attention = self._elsewhere
+        norm = residual.pre
         lam, v, o = (
             _whole(parameter).to(compute_dtype(parameter))
             for parameter in (norm.lam, attention.v_proj.weight, attention.o_proj.weight)
         )
         heads = (-1, attention.num_key_value_groups, attention.head_dim)
         o = o.unflatten(1, heads).sum(2).flatten(1)  # (hidden, kv_heads * head_dim)
-        product = ((o.mT @ o) * (v @ v.mT)).sum()  # |W_V^T W_O^T|_F^2, heads of a group share W_V
+        with torch.autocast(o.device.type, enabled=False):
+            product = ((o.mT @ o) * (v @ v.mT)).sum()  # |W_V^T W_O^T|_F^2, a group shares its W_V
         return self.first(product) * (lam / norm.kappa).square()
 
 

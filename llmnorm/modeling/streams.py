@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .operations import check_positive
-from .residual import NormSpec, Residual, build_slot, register_residual
+from .residual import RESIDUAL_SLOTS, NormSpec, Residual, build_slot, register_residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,9 @@ class ResidualDual(Residual):
     Source: Xie et al., "ResiDual", 2023, arXiv:2304.14802.
     """
 
+    slots = (*RESIDUAL_SLOTS, "second")
     streams = 2
-    extra = ("second",)
+    routed = False
 
     def forward(
         self,
@@ -122,8 +123,9 @@ class Siamese(Residual):
     Source: "SiameseNorm", 2026, arXiv:2602.08064, algorithm 1.
     """
 
+    slots = (*RESIDUAL_SLOTS, "first", "second")
     streams = 2
-    extra = ("first", "second")
+    routed = False
 
     def forward(
         self,

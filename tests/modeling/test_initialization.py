@@ -361,3 +361,12 @@ def test_unknown_policies_and_keys_are_refused() -> None:
     for value in (0.0, -0.02, "0.02"):
         with pytest.raises(ConfigError, match="initializer_range"):
             build_config(SHAPE, initializer_range=value)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("weights", ["plain", "unit"])
+def test_a_unit_rms_embedding_starts_the_stream_at_rms_1(weights: str) -> None:
+    model = build_model(build_config(SHAPE, embedding="scale", weights=weights))
+    ids = torch.arange(SHAPE["vocab_size"])[None]
+    x = model.model.embedding_scale(model.model.embed_tokens(ids))
+    assert x.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)

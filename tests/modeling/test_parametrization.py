@@ -187,3 +187,22 @@ def test_at_the_base_width_mup_is_standard_but_for_the_scale_of_scores() -> None
 def test_what_cannot_be_is_refused_by_name(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(SHAPE, parametrization=value)
+
+
+@pytest.mark.fast
+def test_mup_scales_the_scores_behind_the_last_norm_of_queries() -> None:
+    """In front of a norm after RoPE the constant would be normalized away."""
+    mup = {"name": "mup", "base_width": SHAPE["hidden_size"]}
+    for rope, slot in (("before", "q"), ("after", "q_rotated")):
+        qk_norm = {"layout": "per_head", "rope": rope}
+        [layer, *_] = build_config(SHAPE, qk_norm=qk_norm, parametrization=mup).residuals
+        assert layer["attn"][slot]["scale"] == pytest.approx(8**-0.5)
+    assert "q" not in layer["attn"]
+    with pytest.raises(ConfigError, match="ngpt_query cannot be multiplied by a constant"):
+        build_config(SHAPE, norm="l2norm", placement="ngpt", parametrization=mup)
+
+
+@pytest.mark.fast
+def test_a_base_width_without_a_name_is_not_silently_standard() -> None:
+    with pytest.raises(ConfigError, match="are for 'mup' alone"):
+        build_config(SHAPE, parametrization={"base_width": 64})

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from schemes import TOLERANCE
+from schemes import SHAPE, TOLERANCE
+from torch import nn
 
+from llmnorm import LlmNormConfig, build_config, build_model
 from llmnorm.modeling.operations import OPERATIONS
 from llmnorm.modeling.residual import (
     RESIDUALS,
@@ -272,3 +274,22 @@ def test_every_registered_operation_can_fill_a_slot() -> None:
         residual = Residual(ResidualSpec(post=spec), DIM).double()
         x = features()
         torch.testing.assert_close(residual(x, BLOCK, branch), x + residual.post(branch(x)))
+
+
+@pytest.mark.fast
+def test_a_shared_slot_follows_what_attention_holds_later() -> None:
+    """Adapters and fused kernels replace modules in a built model."""
+    model = build_model(build_config(SHAPE, placement="gpas"))
+    layer = model.model.layers[1]
+    layer.attn_residual.out = nn.Identity()
+    assert layer.mlp_residual.out.module is layer.attn_residual.out
+
+
+@pytest.mark.fast
+def test_a_plain_mlp_has_no_slot_gate() -> None:
+    config = build_config(SHAPE, placement="sdd", mlp="plain")
+    assert all("gate" not in layer["mlp"] and "up" in layer["mlp"] for layer in config.residuals)
+    residuals = [{"attn": {}, "mlp": {"gate": {"op": "rmsnorm"}}}] * SHAPE["num_hidden_layers"]
+    hand_made = {"placement": None, "norm": None, "residuals": residuals}
+    with pytest.raises(ValueError, match="slot gate is a gated mlp's; mlp is 'plain'"):
+        LlmNormConfig(**SHAPE, **hand_made, mlp="plain").residual_specs()

@@ -297,7 +297,7 @@ def test_streams_and_residual_modules_belong_together() -> None:
     ("words", "message"),
     [
         ({"second": {"op": "rmsnorm"}}, "module residual has no slot second"),
-        ({"module": "residual_dual", "skips": "block"}, "its own streams alone"),
+        ({"module": "residual_dual", "skips": "block"}, "reads and skips the stream alone"),
     ],
 )
 def test_what_a_residual_module_would_ignore_is_refused(

@@ -221,11 +221,11 @@ def test_the_self_test_measures_rows_of_length_one_and_weight_norms_lengths() ->
     with torch.no_grad():
         unit.model.layers[1].mlp.down_proj.weight[:, 3] *= 1.5
         unit.model.layers[1].mlp.down_proj.weight[:, 4] *= 0.5
-    with pytest.raises(SelfTestError, match=r"1.mlp.down_proj.weight starts with rows whose"):
+    with pytest.raises(SelfTestError, match=r"1.mlp.down_proj.weight has rows whose"):
         self_test(unit, fresh=True)
     normed = build_model(build_config(SHAPE, weights="weight_norm"))
     with torch.no_grad():
         normed.model.layers[2].self_attn.q_proj.length[0] += 0.01
-    with pytest.raises(SelfTestError, match=r"2.self_attn.q_proj.length starts with rows whose"):
+    with pytest.raises(SelfTestError, match=r"2.self_attn.q_proj.length has rows whose"):
         self_test(normed, fresh=True)
     self_test(normed, fresh=False)

@@ -191,7 +191,7 @@ def test_init_embedding_and_final_norm_are_the_bases() -> None:
 
 
 # Joints other than the slots, and layers whose sublayers are joined in different ways.
-UNFIT = ("keel", "post_pre", "pre_post", "residual_dual", "siamese_norm", "ngpt", "admin")
+UNFIT = ("keel", "post_pre", "pre_post", "residual_dual", "siamese_norm", "ngpt", "admin", "bhyt")
 
 
 @pytest.mark.parametrize("base", [n for n in list_placements() if n not in (*UNFIT, "gpas")])
