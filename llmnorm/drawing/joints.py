@@ -46,7 +46,8 @@ def _reuse(
     right = _RAILS[1]
     canvas.dot(0, block)
     pre = slot_cell(spec.pre) or Cell(words="norm")
-    pre = replace(pre, small=_listed(pre.small, f"block's + {_inline(spec.first)} |W_v W_o|\u00b2"))
+    estimate = f"block's + {_inline(spec.first)} |W_v W_o|\u00b2"
+    pre = replace(pre, words=_listed(pre.words, pre.small), small=estimate)
     top = canvas.upward(BRANCH, fork, [[pre]], BRANCH_BOX)
     edge, middle = BRANCH + BRANCH_BOX / 2, top + pre.height / 2
     canvas.line((0, block), (right, block), (right, middle), (edge, middle), arrow=True)
@@ -64,8 +65,8 @@ def _lerp(
     top = canvas.upward(BRANCH, top, [[slot_cell(spec.post)]], BRANCH_BOX)
     step = Cell(words="s + a (f \u2212 s)", small=f"a: {_inline(spec.first)}", css="gain")
     width = max(STREAM_BOX, 6.0 * len(step.small) + 12)
-    middle = max(0.0, _RAILS[0] + width / 2)  # a long text grows to the right
-    join = top - 24
+    middle = max(0.0, width / 2 - STREAM_BOX / 2)  # a long text makes it grow to the right
+    join = top - 30
     canvas.line((BRANCH, top), (BRANCH, join), (middle + width / 2, join), arrow=True)
     end = (0, join + step.height / 2)
     canvas.through(slot_cell(spec.skip), (0, carried), end, STREAM_BOX)
