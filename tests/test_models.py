@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from schemes import FULL
 
-from llmnorm import build_config, list_norms, list_placements
+from llmnorm import build_config
 from llmnorm.errors import ConfigError
 from llmnorm.listing import count_parameters
 from llmnorm.resources import list_presets, preset_folder
@@ -95,8 +96,7 @@ def test_presets_hold_shapes_only(name):
     assert content["model_type"] == "llmnorm"
 
 
-@pytest.mark.parametrize("norm", list_norms())
-@pytest.mark.parametrize("placement", list_placements())
+@pytest.mark.parametrize(("norm", "placement"), FULL)
 def test_every_scheme_fits_a_preset(norm, placement):
     config = build_config("9m", norm=norm, placement=placement)
     total, inner = count_parameters(config)
