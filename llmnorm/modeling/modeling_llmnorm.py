@@ -33,7 +33,7 @@ from .residual import ResidualSpec, build_residual, build_slot
 from .rotary import rotary_table
 from .streams import build_streams
 from .travel import foreign_sources, write_sources
-from .weights import build_head
+from .weights import WeightSpec, build_head
 
 
 def embedding_scale(spec: EmbeddingSpec, config: LlmNormConfig) -> nn.Module:
@@ -232,6 +232,28 @@ class LlmNormForCausalLM(LlmNormPreTrainedModel, GenerationMixin):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., hidden) after the final norm to logits (..., vocab)."""
         return self.logits(self.lm_head(hidden_states))
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; gains of the logits follow, new rows get the length `weights` asks.
+
+        Gains of new entries start as those of a fresh model.
+        """
+        before = self.model.embed_tokens.num_embeddings
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if table.num_embeddings == before:
+            return table
+        if WeightSpec.parse(self.config.weights).kind == "unit":
+            for matrix in {table.weight, self.lm_head.weight}:  # one, if tied
+                matrix[before:] /= matrix[before:].norm(dim=1, keepdim=True)
+        old, logits = self.logits, build_slot(self.config.logits_spec(), table.num_embeddings)
+        logits.to(table.weight.device, table.weight.dtype).train(self.training)
+        for parameter, kept in zip(logits.parameters(), old.parameters(), strict=True):
+            shared = min(len(parameter), len(kept))
+            parameter[:shared] = kept[:shared]
+            parameter.requires_grad_(kept.requires_grad)
+        self.logits = logits
+        return table
 
     @can_return_tuple
     def forward(

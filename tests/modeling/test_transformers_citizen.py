@@ -139,3 +139,26 @@ def test_mlp_formulas(fields, formula):
     x = torch.randn(2, 3, SHAPE["hidden_size"], dtype=torch.float64)
     gate = mlp.gate_proj(x) if hasattr(mlp, "gate_proj") else None
     torch.testing.assert_close(mlp(x), mlp.down_proj(formula(gate, mlp.up_proj(x))))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_takes_the_gains_of_the_logits_along(tied):
+    config = build_config(SHAPE, norm="l2norm", placement="ngpt", tie_word_embeddings=tied)
+    model, vocab = build_model(config, seed=1).eval(), SHAPE["vocab_size"]
+    with torch.no_grad():
+        model.logits.weight.uniform_(0.5, 1.5)
+    before, gains = model(IDS).logits, model.logits.weight.clone()
+    model.resize_token_embeddings(vocab + 3)
+    after = model(IDS).logits
+    assert torch.equal(model.logits.weight[:vocab], gains)
+    assert model.logits.weight[vocab:].tolist() == pytest.approx([model.logits.stored] * 3)
+    torch.testing.assert_close(after[..., :vocab], before, **TOLERANCE[torch.float32])
+    for matrix in (model.lm_head.weight, model.model.embed_tokens.weight):
+        torch.testing.assert_close(matrix.norm(dim=1), torch.ones(vocab + 3))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    kept = model.logits.weight
+    model.resize_token_embeddings(vocab + 3)
+    assert model.logits.weight is kept
+    model.resize_token_embeddings(vocab - 3)
+    assert model(IDS % (vocab - 3)).logits.shape[-1] == vocab - 3
