@@ -131,7 +131,7 @@ def given_at(
     given = options.get(name)
     if not isinstance(given, Mapping):
         return given
-    unknown = sorted(set(given) - set(sites))
+    unknown = sorted(set(given) - set(sites), key=str)
     if unknown:
         raise ValueError(f"{name} has no site {unknown[0]!r}; its sites: {', '.join(sites)}")
     return given.get(kind)

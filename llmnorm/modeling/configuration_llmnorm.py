@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -47,13 +48,13 @@ class EmbeddingSpec:
     def parse(cls, value: str | Mapping[str, Any]) -> "EmbeddingSpec":
         """Read a treatment's name or a mapping; anything unknown raises ValueError."""
         given = read_choice("embedding", value, "treatment")
-        unknown = sorted(set(given) - {"treatment", "init", "norm"})
+        unknown = sorted(set(given) - {"treatment", "init", "norm"}, key=str)
         if unknown:
             raise ValueError(
                 f"embedding has no key {unknown[0]!r}; its keys: treatment, init, norm"
             )
         if given.get("norm") is not None:
-            given["norm"] = NormSpec.parse(given["norm"])
+            given["norm"] = NormSpec.parse_alone("embedding.norm", given["norm"])
         spec = cls(**given)
         _one_of("embedding", spec.treatment, EMBEDDINGS)
         _one_of("embedding.init", spec.init, SCALE_INITS)
@@ -129,6 +130,10 @@ class LlmNormConfig(PreTrainedConfig):
             raise ValueError(
                 "rms_norm_eps is not read; set it in the norm: {op: rmsnorm, eps: ...}"
             )
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            held = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not isinstance(held, torch.dtype):
+                raise ValueError(f"dtype is {dtype!r}; expected a torch dtype such as 'bfloat16'")
         if not isinstance(self.rope_parameters, dict | None):
             raise ValueError(f"rope_parameters is {self.rope_parameters!r}; expected a mapping")
         if "rope_theta" in kwargs:
@@ -167,7 +172,8 @@ class LlmNormConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             given = getattr(self, name)
             for token in given if isinstance(given, list) else [given]:
-                if not (token is None or (isinstance(token, int) and 0 <= token < self.vocab_size)):
+                whole = isinstance(token, int) and not isinstance(token, bool)
+                if not (token is None or (whole and 0 <= token < self.vocab_size)):
                     raise ValueError(f"{name} is {token!r}; the vocabulary has {self.vocab_size}")
         _one_of("mlp", self.mlp, ("gated", "plain"))
         _one_of("position", self.position, tuple(POSITIONS))
@@ -188,14 +194,16 @@ class LlmNormConfig(PreTrainedConfig):
     def _check_whole(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(
+                    f"{name} is {value!r}; expected a whole number of at least 1, below 2^31"
+                )
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"rope_type is {rope['rope_type']!r}; only 'default' is implemented")
-        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"}, key=str)
         if unknown:
             raise ValueError(f"rope_parameters.{unknown[0]} is not implemented; only rope_theta is")
         check_positive("rope_parameters.rope_theta", rope["rope_theta"])
@@ -209,6 +217,8 @@ class LlmNormConfig(PreTrainedConfig):
         """
         if self.residuals is None:
             return [self._default_residuals()] * self.num_hidden_layers
+        if not isinstance(self.residuals, list | tuple):
+            raise ValueError(f"residuals is {self.residuals!r}; expected a list of layers")
         if len(self.residuals) != self.num_hidden_layers:
             raise ValueError(
                 f"residuals describes {len(self.residuals)} layers but num_hidden_layers="
@@ -230,12 +240,13 @@ class LlmNormConfig(PreTrainedConfig):
     def final_norm_spec(self) -> NormSpec | None:
         """The norm before the head, or None."""
         if self.residuals is None:
-            return NormSpec.parse(self.norm).at("final", self.hidden_size)
-        return None if self.final_norm is None else NormSpec.parse(self.final_norm)
+            return NormSpec.parse_alone("norm", self.norm).at("final", self.hidden_size)
+        given = self.final_norm
+        return None if given is None else NormSpec.parse_alone("final_norm", given)
 
     def logits_spec(self) -> NormSpec | None:
         """What multiplies the logits, or None."""
-        return None if self.logits is None else NormSpec.parse(self.logits)
+        return None if self.logits is None else NormSpec.parse_alone("logits", self.logits)
 
     def streams_spec(self) -> StreamsSpec | None:
         """The second residual stream, or None."""
@@ -249,7 +260,7 @@ class LlmNormConfig(PreTrainedConfig):
         norm = self.norm if spec.norm is None else spec.norm
         if norm is None:
             raise ValueError("embedding is 'norm' without a norm: {treatment: norm, norm: ...}")
-        return replace(spec, norm=NormSpec.parse(norm).at("final", self.hidden_size))
+        return replace(spec, norm=NormSpec.parse_alone("norm", norm).at("final", self.hidden_size))
 
     def qk_norm_specs(self) -> dict[str, NormSpec]:
         """The slots that `qk_norm` fills and their norms; none for layout `none`.
@@ -262,12 +273,15 @@ class LlmNormConfig(PreTrainedConfig):
         _one_of("qk_norm", layout, QK_NORMS)
         if layout == "none":
             if given:
-                raise ValueError(f"qk_norm has options {sorted(given)} but its layout is 'none'")
+                raise ValueError(
+                    f"qk_norm has options {sorted(given, key=str)} but its layout is 'none'"
+                )
             return {}
         rope, value = given.pop("rope", "before"), given.pop("value", False)
         _one_of("qk_norm.rope", rope, ("before", "after"))
         check_kind("qk_norm.value", value, like=False)
-        norm = NormSpec.parse({"op": "rmsnorm", **given}).at("attn", self.hidden_size)
+        norm = NormSpec.parse_alone("qk_norm", {"op": "rmsnorm", **given})
+        norm = norm.at("attn", self.hidden_size)
         if rope == "after" and layout != "per_head":
             raise ValueError(f"qk_norm after RoPE is per head; its layout is {layout!r}")
         turned = "_rotated" if rope == "after" else ""
@@ -308,7 +322,14 @@ class LlmNormConfig(PreTrainedConfig):
                 f"placement {self.placement!r} has no residuals; make the config with "
                 "llmnorm.build_config"
             )
-        norm = NormSpec.parse(self.norm)
+        for name in ("logits", "streams"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for resolved residuals, and residuals is null")
+        if Parametrization.parse(self.parametrization).name != "standard":
+            raise ValueError(
+                "parametrization is resolved with the residuals, and residuals is null"
+            )
+        norm = NormSpec.parse_alone("norm", self.norm)
         return (
             ResidualSpec(pre=norm.at("attn", self.hidden_size)).having(**self.qk_norm_specs()),
             ResidualSpec(pre=norm.at("mlp", self.hidden_size)),

@@ -121,7 +121,7 @@ class InitSpec:
     def parse(cls, value: "str | Mapping[str, Any]") -> "InitSpec":
         """Read the field; an unknown policy or key raises ValueError."""
         given = read_choice("init", value, "policy")
-        unknown = sorted(set(given) - {"policy", "embedding_std"})
+        unknown = sorted(set(given) - {"policy", "embedding_std"}, key=str)
         if unknown:
             raise ValueError(f"init has no key {unknown[0]!r}; its keys: policy, embedding_std")
         spec = cls(**given)

@@ -5,7 +5,7 @@ Every operation is one small module built as `Op(dim, **options)`: a norm (`norm
 """
 
 import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -80,15 +80,21 @@ def check_kind(name: str, value: Any, *, like: Any) -> None:
     kind, words = kinds.get(type(like), (int | float, "a number"))
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{name} is {value!r}; expected {words}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r}; expected a finite number")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number above 0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
+    if not (number and 0 < value <= sys.float_info.max):
         raise ValueError(f"{name} is {value!r}; expected a number above 0")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a mapping."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}; expected a mapping")
 
 
 def read_choice(field: str, value: Any, key: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Parametrization:
     def parse(cls, value: "str | Mapping[str, Any]") -> "Parametrization":
         """Read the field; an unknown name or key raises ValueError."""
         given = read_choice("parametrization", value, "name")
-        unknown = sorted(set(given) - set(_KEYS))
+        unknown = sorted(set(given) - set(_KEYS), key=str)
         if unknown:
             raise ValueError(
                 f"parametrization has no key {unknown[0]!r}; its keys: {', '.join(_KEYS)}"

@@ -26,7 +26,7 @@ from torch import nn
 from .gains import Constant  # noqa: F401 (enters the gains in the table)
 from .ngpt import NGPTGain  # noqa: F401 (enters the gains of nGPT in the table)
 from .norms import RMSNorm  # noqa: F401 (enters the norms in the table)
-from .operations import check_kind, check_options, operation, options_at, read_choice
+from .operations import check_kind, check_mapping, check_options, operation, options_at, read_choice
 
 _FLAGS = ("per_head", "shared")
 
@@ -62,6 +62,15 @@ class NormSpec:
         op = fields_.pop("op")
         operation(op)
         return cls(op=op, options=fields_, **flags)
+
+    @classmethod
+    def parse_alone(cls, field: str, value: "str | Mapping[str, Any] | NormSpec") -> "NormSpec":
+        """As `parse`, for a config field, where `per_head` and `shared` mean nothing."""
+        spec = cls.parse(value)
+        for name in _FLAGS:
+            if getattr(spec, name):
+                raise ValueError(f"{field} cannot be {name}; that is for the slots of a block")
+        return spec
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse` reads."""
@@ -145,7 +154,7 @@ class ResidualSpec:
         for name in ("reads", "skips"):
             if getattr(self, name) not in SOURCES:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected stream or block")
-        if self.module not in RESIDUALS:
+        if not isinstance(self.module, str) or self.module not in RESIDUALS:
             known = ", ".join(sorted(RESIDUALS))
             raise ValueError(f"unknown residual module {self.module!r}; known: {known}")
         joint = RESIDUALS[self.module]
@@ -164,8 +173,9 @@ class ResidualSpec:
         Raises:
             ValueError: for an unknown name, operation or option.
         """
+        check_mapping("what the slots of a sublayer hold", value)
         names = [f.name for f in fields(cls)]
-        unknown = sorted(set(value) - set(names))
+        unknown = sorted(set(value) - set(names), key=str)
         if unknown:
             raise ValueError(f"no slot is called {unknown[0]!r}; slots: {', '.join(names)}")
         words = {name: value[name] for name in _WORDS if name in value}
@@ -192,8 +202,11 @@ _WORDS = {"reads": "stream", "skips": "stream", "module": "residual"}
 
 def parse_layer(layer: Mapping[str, Any]) -> tuple[ResidualSpec, ResidualSpec]:
     """Read `{"attn": slots, "mlp": slots}`; any other key or slot raises ValueError."""
+    check_mapping("a layer of residuals", layer)
     if set(layer) != {"attn", "mlp"}:
-        raise ValueError(f"a layer of residuals has keys {sorted(layer)}; expected attn and mlp")
+        raise ValueError(
+            f"a layer of residuals has keys {sorted(layer, key=str)}; expected attn and mlp"
+        )
     attn, mlp = ResidualSpec.parse(layer["attn"]), ResidualSpec.parse(layer["mlp"])
     for spec, slots, owner, other in (
         (mlp, ATTENTION_SLOTS, "attention", "an mlp"),

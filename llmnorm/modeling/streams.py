@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .operations import check_positive
+from .operations import check_mapping, check_positive
 from .residual import RESIDUAL_SLOTS, NormSpec, Residual, build_slot, register_residual
 
 
@@ -35,10 +35,15 @@ class StreamsSpec:
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "StreamsSpec":
         """Read the field; an unknown key raises ValueError."""
-        unknown = sorted(set(value) - {"first", "second", "scale"})
+        check_mapping("streams", value)
+        unknown = sorted(set(value) - {"first", "second", "scale"}, key=str)
         if unknown:
             raise ValueError(f"streams has no key {unknown[0]!r}; its keys: first, second, scale")
-        norms = {key: NormSpec.parse(value[key]) for key in ("first", "second") if key in value}
+        norms = {
+            key: NormSpec.parse_alone(f"streams.{key}", value[key])
+            for key in ("first", "second")
+            if key in value
+        }
         return cls(**norms, scale=value.get("scale", 1.0))
 
     def to_dict(self) -> dict[str, Any]:

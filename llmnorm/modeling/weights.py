@@ -52,7 +52,7 @@ class WeightSpec:
         spec = cls(**{name: given[name] for name in asdict(cls()) if name in given})
         if spec.kind not in _OPTIONS:
             raise ValueError(f"weights is {spec.kind!r}; expected one of {', '.join(_OPTIONS)}")
-        unknown = sorted(set(given) - {"kind", *_OPTIONS[spec.kind]})
+        unknown = sorted(set(given) - {"kind", *_OPTIONS[spec.kind]}, key=str)
         if unknown:
             allowed = ", ".join(_OPTIONS[spec.kind]) or "none"
             raise ValueError(f"{spec.kind} has no option {unknown[0]!r}; its options: {allowed}")

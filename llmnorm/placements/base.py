@@ -111,7 +111,7 @@ def parse_placement(value: str | Mapping[str, Any]) -> Placement:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown placement {name!r}{hint} Known: {', '.join(list_placements())}")
     known = [f.name for f in fields(PLACEMENTS[name])]
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(known), key=str)
     if unknown:
         allowed = ", ".join(known) or "none"
         raise ValueError(f"{name} has no option {unknown[0]!r}; its options: {allowed}")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -415,3 +416,77 @@ def test_a_config_written_out_twice_is_the_same_text(tmp_path: Path) -> None:
     text = (tmp_path / "config.json").read_text()
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_text() == text
+
+
+# --- wrong kinds, and fields that would be ignored --------------------------------------------
+
+BY_HAND: dict[str, Any] = {**SHAPE, "norm": None, "placement": None}
+EMPTY: list[dict[str, Any]] = [{"attn": {}, "mlp": {}}] * SHAPE["num_hidden_layers"]
+TWO: list[dict[str, Any]] = [{kind: {"module": "siamese"} for kind in ("attn", "mlp")}] * SHAPE[
+    "num_hidden_layers"
+]
+
+
+def layers(attn: Any) -> list[dict[str, Any]]:
+    return [{"attn": attn, "mlp": {}}] * SHAPE["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"residuals": True}, "residuals is True; expected a list"),
+        ({"residuals": [None] * 4}, "a layer of residuals is None; expected a mapping"),
+        ({"residuals": [{"attn": {}, 1: {}}] * 4}, "has keys"),
+        ({"residuals": layers("rmsnorm")}, "'rmsnorm'; expected a mapping"),
+        ({"residuals": layers({None: 1, "x": 2})}, "no slot is called None"),
+        ({"residuals": layers({"module": ["residual"]})}, "unknown residual module"),
+        ({"residuals": TWO, "streams": True}, "streams is True; expected a mapping"),
+        ({"residuals": EMPTY, "final_norm": {"op": "rmsnorm", "shared": True}}, "final_norm"),
+        ({"residuals": EMPTY, "logits": {"op": "gain", "per_head": True}}, "logits cannot be"),
+        ({"residuals": TWO, "streams": {"first": {"op": "gain", "shared": True}}}, "streams.first"),
+    ],
+)
+def test_a_hand_made_wiring_of_a_wrong_kind_is_refused_in_one_line(
+    given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        LlmNormForCausalLM(LlmNormConfig(**BY_HAND, **given))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("streams", {"scale": 1.0}),
+        ("logits", {"op": "gain"}),
+        ("parametrization", "mup"),
+        ("norm", {"op": "rmsnorm", "shared": True}),
+        ("embedding", {"treatment": "norm", "norm": {"op": "rmsnorm", "per_head": True}}),
+        ("qk_norm", {"layout": "full_width", "per_head": True}),
+    ],
+)
+def test_a_shape_alone_refuses_what_only_resolved_residuals_can_hold(
+    field: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=field):
+        LlmNormForCausalLM(LlmNormConfig(**SHAPE, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "one"),
+        ("dtype", [1]),
+        ("torch_dtype", "nn"),
+        ("vocab_size", 10**40),
+        ("rope_theta", 10**400),
+        ("initializer_range", 10**400),
+        ("attention_dropout", 10**400),
+        ("eos_token_id", True),
+        *((axis, {1: 2, "x": 3}) for axis in ("embedding", "init", "weights", "parametrization")),
+        *((axis, {1: 2, "x": 3}) for axis in ("qk_norm", "rope_parameters")),
+    ],
+)
+def test_a_value_of_a_wrong_kind_or_size_is_refused_by_its_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field.removeprefix("torch_") + "|plain has no option 1"):
+        LlmNormForCausalLM(LlmNormConfig(**{**SHAPE, field: value}))
