@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bhyt import BHyT
 from .operations import compute_dtype
 from .residual import RESIDUAL_SLOTS, Residual, ResidualSpec, register_residual
 
@@ -39,7 +38,9 @@ class ReusedMeanSquare(Residual):
         super().__init__(spec, dim, block)
         attention = getattr(block, "self_attn", None)
         norms = (getattr(getattr(block, "attn_residual", None), "pre", None), self.pre)
-        if attention is None or not all(isinstance(norm, BHyT) for norm in norms):
+        # By what they have, not by class: of a checkpoint's code transformers loads two copies, one
+        # with the config, which builds norms, and one with the model.
+        if attention is None or not all(hasattr(norm, "kappa") for norm in norms):
             raise ValueError("residual module bhyt is the mlp's, where both norms are bhyt")
         if type(attention.v_proj) is not nn.Linear:
             raise ValueError("residual module bhyt reads attention's matrices; keep weights plain")

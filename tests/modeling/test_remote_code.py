@@ -14,6 +14,7 @@ from schemes import KINDS, SHAPE, tokens
 from llmnorm import build_config, build_model
 
 IDS = tokens(2, 11)
+WIRINGS = [*KINDS, ("bhyt", "bhyt")]  # and the joint that looks at the norms around it
 
 STRANGER = """
 import json, sys
@@ -48,7 +49,7 @@ print(json.dumps(equal))
 
 def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp_path):
     saved = tmp_path / "saved"
-    for norm, placement in KINDS:
+    for norm, placement in WIRINGS:
         config = build_config(SHAPE, norm=norm, placement=placement)
         model = build_model(config, seed=2).eval()
         model.save_pretrained(saved / f"{norm}-{placement}")
@@ -68,5 +69,5 @@ def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp
     )
     assert done.returncode == 0, done.stderr[-2000:]
     equal = json.loads(done.stdout.splitlines()[-1])
-    assert len(equal) == len(KINDS) + 1
+    assert len(equal) == len(WIRINGS) + 1
     assert all(equal.values()), [name for name, same in equal.items() if not same]
