@@ -133,7 +133,7 @@ def _parse_norm(norm: str | Mapping[str, Any]) -> NormSpec:
     op = read_choice("norm", norm, "op").get("op")
     if op not in list_norms():
         raise ConfigError(f"unknown norm {op!r}{suggest(str(op), list_norms())}")
-    return NormSpec.parse(norm)
+    return NormSpec.parse_alone("norm", norm)
 
 
 def _check_accepted(rule: Placement, norm: NormSpec) -> None:

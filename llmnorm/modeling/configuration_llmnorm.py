@@ -171,7 +171,8 @@ class LlmNormConfig(PreTrainedConfig):
         check_positive("initializer_range", self.initializer_range)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             given = getattr(self, name)
-            for token in given if isinstance(given, list) else [given]:
+            several = isinstance(given, list) and name == "eos_token_id"
+            for token in given if several else [given]:
                 whole = isinstance(token, int) and not isinstance(token, bool)
                 if not (token is None or (whole and 0 <= token < self.vocab_size)):
                     raise ValueError(f"{name} is {token!r}; the vocabulary has {self.vocab_size}")

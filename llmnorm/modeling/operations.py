@@ -5,7 +5,7 @@ Every operation is one small module built as `Op(dim, **options)`: a norm (`norm
 """
 
 import inspect
-import sys
+import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -56,7 +56,7 @@ def operation(name: str) -> type[nn.Module]:
     if name not in OPERATIONS:
         near = get_close_matches(str(name), OPERATIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown norm {name!r}{hint} Known: {', '.join(sorted(OPERATIONS))}")
+        raise ValueError(f"unknown norm {name!r}{hint}; known: {', '.join(sorted(OPERATIONS))}")
     return OPERATIONS[name]
 
 
@@ -80,15 +80,20 @@ def check_kind(name: str, value: Any, *, like: Any) -> None:
     kind, words = kinds.get(type(like), (int | float, "a number"))
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{name} is {value!r}; expected {words}")
-    if not isinstance(value, str) and not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
+    if not isinstance(value, str) and not _representable(value):
+        raise ValueError(f"{name} is {value!r}; expected a finite number that torch can hold")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a finite number above 0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value <= sys.float_info.max):
+    if not (number and value > 0 and _representable(value)):
         raise ValueError(f"{name} is {value!r}; expected a number above 0")
+
+
+def _representable(number: float) -> bool:
+    """Whether torch can hold a number: a finite float, or an integer of 64 bits."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 2**63
 
 
 def check_mapping(name: str, value: Any) -> None:

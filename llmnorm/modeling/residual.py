@@ -69,7 +69,9 @@ class NormSpec:
         spec = cls.parse(value)
         for name in _FLAGS:
             if getattr(spec, name):
-                raise ValueError(f"{field} cannot be {name}; that is for the slots of a block")
+                raise ValueError(
+                    f"{field} cannot be {name} (saw {spec.op}); that is for the slots of a block"
+                )
         return spec
 
     def to_dict(self) -> dict[str, Any]:

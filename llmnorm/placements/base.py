@@ -109,7 +109,7 @@ def parse_placement(value: str | Mapping[str, Any]) -> Placement:
     if name not in PLACEMENTS:
         near = get_close_matches(str(name), PLACEMENTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown placement {name!r}{hint} Known: {', '.join(list_placements())}")
+        raise ValueError(f"unknown placement {name!r}{hint}; known: {', '.join(list_placements())}")
     known = [f.name for f in fields(PLACEMENTS[name])]
     unknown = sorted(set(options) - set(known), key=str)
     if unknown:

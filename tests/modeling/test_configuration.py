@@ -483,6 +483,8 @@ def test_a_shape_alone_refuses_what_only_resolved_residuals_can_hold(
         ("initializer_range", 10**400),
         ("attention_dropout", 10**400),
         ("eos_token_id", True),
+        ("pad_token_id", [1]),
+        ("rope_theta", 10**20),
         *((axis, {1: 2, "x": 3}) for axis in ("embedding", "init", "weights", "parametrization")),
         *((axis, {1: 2, "x": 3}) for axis in ("qk_norm", "rope_parameters")),
     ],
