@@ -28,7 +28,7 @@ from .configuration_llmnorm import EmbeddingSpec, LlmNormConfig
 from .gains import EmbeddingScale
 from .initialization import embedding_std, mark, start
 from .mlp import MLPS
-from .operations import OPERATIONS, compute_dtype
+from .operations import compute_dtype
 from .residual import ResidualSpec, build_residual, build_slot
 from .rotary import rotary_table
 from .streams import build_streams
@@ -85,10 +85,8 @@ class LlmNormPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             start(module, std=self.config.initializer_range)
-        elif isinstance(module, (EmbeddingScale, *OPERATIONS.values())):
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        elif hasattr(module, "reset_parameters"):  # an operation, or the embedding's scale
+            module.reset_parameters()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; norms registered outside llmnorm travel along (`travel.py`)."""

@@ -4,11 +4,12 @@ Every scheme is loaded so in `tests/test_testing.py`, by its class; this is how 
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from schemes import KINDS, SHAPE, tokens
 
 from llmnorm import build_config, build_model
@@ -55,6 +56,14 @@ def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp
         model.save_pretrained(saved / f"{norm}-{placement}")
         tensors = {"ids": IDS, "logits": model(IDS).logits.detach()}
         save_file(tensors, saved / f"{norm}-{placement}.safetensors")
+    # A fresh norm's weights are what missing ones start from.
+    missing, whole = saved / "missing", saved / "rmsnorm-mix_ln"
+    shutil.copytree(whole, missing)
+    shutil.copy(f"{whole}.safetensors", f"{missing}.safetensors")
+    weights = load_file(missing / "model.safetensors")
+    kept = {name: held for name, held in weights.items() if "_residual." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, missing / "model.safetensors", metadata={"format": "pt"})
     script = tmp_path / "stranger.py"
     script.write_text(STRANGER)
     done = subprocess.run(
@@ -69,5 +78,5 @@ def test_the_auto_class_loads_every_kind_of_wiring_bit_equal_without_llmnorm(tmp
     )
     assert done.returncode == 0, done.stderr[-2000:]
     equal = json.loads(done.stdout.splitlines()[-1])
-    assert len(equal) == len(WIRINGS) + 1
+    assert len(equal) == len(WIRINGS) + 2
     assert all(equal.values()), [name for name, same in equal.items() if not same]
