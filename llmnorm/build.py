@@ -17,8 +17,8 @@ import torch
 from llmnorm.calibration import calibrated
 from llmnorm.errors import ConfigError
 from llmnorm.modeling.configuration_llmnorm import EmbeddingSpec, LlmNormConfig
-from llmnorm.modeling.initialization import InitSpec
-from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
+from llmnorm.modeling.initialization import InitSpec, mark
+from llmnorm.modeling.modeling_llmnorm import LlmNormDecoderLayer, LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation, read_choice
 from llmnorm.modeling.parametrization import Parametrization
 from llmnorm.modeling.residual import RESIDUALS, NormSpec, ResidualSpec, constant
@@ -235,11 +235,13 @@ def _logits(config: LlmNormConfig, rule: Placement) -> NormSpec | None:
 
 
 def _try_out(config: LlmNormConfig) -> None:
-    """Build what each slot holds once, on the meta device: its options are checked there."""
+    """Build what each slot holds, and one block, on the meta device: options are checked there."""
     distinct = {(width, json.dumps(spec.to_dict())): spec for spec, width in _held(config)}
     with torch.device("meta"):
         for (width, _), spec in distinct.items():
             spec.build(width)
+        block = LlmNormDecoderLayer(config, config.residual_specs()[0], 0)
+    mark(block, config, prefix="model.layers.0")
 
 
 def _held(config: LlmNormConfig) -> list[tuple[NormSpec, int]]:

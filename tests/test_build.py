@@ -516,3 +516,17 @@ def test_a_norm_that_knows_its_width_builds_and_passes_the_self_test() -> None:
     finally:
         operations.OPERATIONS.pop("grouped_rms")
         operations._NORMS.remove("grouped_rms")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ({"norm": "none", "placement": "fixup", "weights": "project"}, "starts .* at 0"),
+        ({"norm": "bhyt", "placement": "bhyt", "weights": "weight_norm"}, "keep weights plain"),
+    ],
+)
+def test_weights_that_a_scheme_cannot_have_are_refused_with_the_config(
+    scheme: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config(SHAPE, **scheme)

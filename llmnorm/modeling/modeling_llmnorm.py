@@ -85,8 +85,8 @@ class LlmNormPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             start(module, std=self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):  # an operation, or the embedding's scale
-            module.reset_parameters()
+        elif (reset := getattr(module, "reset_parameters", None)) is not None:
+            reset()  # an operation, or the embedding's scale; not by class: there may be two copies
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; norms registered outside llmnorm travel along (`travel.py`)."""
