@@ -4,7 +4,8 @@
     python benchmarks/depth.py --only keel post_ln   # some schemes; the rest keeps its numbers
 
 Every run goes through the ordinary trainer on the source of Python's own library: width 64, one
-learning rate, and one embedding treatment for all but nGPT, whose embedding has rows of length 1.
+learning rate for all but Fixup (at 1e-3 it diverges) and one embedding treatment for all but nGPT,
+whose embedding has rows of length 1 and whose steps are as short as there are sublayers.
 Matrices start at 1/sqrt(width), where a branch is as large as the stream: at 0.02 the branches of
 so narrow a model hardly touch the stream, and even Post-LN learns. (DeepNorm, SubLN and Fixup bring
 their own init.) A stopped benchmark continues where it was, from the runs' checkpoints. The losses
@@ -29,7 +30,9 @@ from record import RESULTS, write_result
 from llmnorm.data import open_prepared
 
 WINDOW = 10
-"""A stack learns if the mean loss of its last so many steps is below the unigram entropy."""
+"""A stack learns if the mean loss of its last so many steps is below the unigram entropy,"""
+FALLS_BY = 0.5
+"""and its loss falls if that mean is so many nats below the first step's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Stack:
     options: dict[str, str] = field(default_factory=dict)
     norm: str = "rmsnorm"
     overrides: dict[str, str] = field(default_factory=lambda: {"embedding": "scale"})
+    lr: float = 1e-3
     layers: int = 200
     steps: int = 300
 
@@ -66,8 +70,8 @@ STACKS = [
     Stack(placement="layerscale"),
     Stack(placement="skip_init"),
     Stack(placement="rezero", norm="none"),
-    Stack(placement="fixup", norm="none"),
-    Stack(placement="ngpt", norm="l2norm", overrides={}),
+    Stack(placement="fixup", norm="none", lr=2e-4),
+    Stack(placement="ngpt", norm="l2norm", options={"rate": "0.0025"}, overrides={}),
     Stack(placement="deepnorm", layers=1000, steps=100),
     Stack(placement="keel", layers=1000, steps=100),
 ]
@@ -90,7 +94,7 @@ def train(stack: Stack, data: Path, runs: Path) -> Path:
         **{f"model.overrides.{key}": value for key, value in stack.overrides.items()},
         "data.path": data,
         "data.seq_len": 64,
-        "optimizer.lr": 1e-3,
+        "optimizer.lr": stack.lr,
         "schedule.warmup_steps": stack.steps // 10,
         "training.max_tokens": "null",
         "training.max_steps": stack.steps,
@@ -118,15 +122,15 @@ def unigram_entropy(data: Path) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def losses_of(run: Path) -> list[float | None]:
-    """The training loss of every step in nats, None where it was not finite."""
+def column(run: Path, key: str) -> list[float | None]:
+    """A metric of every step, None where it was not finite."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [_finite(json.loads(line)["train/loss"]) for line in lines]
+    return [_finite(json.loads(line)[key]) for line in lines]
 
 
 def measured(stack: Stack, run: Path, entropy: float) -> dict:
     """What is kept of a run: its scheme, how the loss began and ended, and the curve."""
-    losses = losses_of(run)
+    losses = column(run, "train/loss")
     end = losses[-WINDOW:]
     last = None if None in end else statistics.fmean(end)
     return {
@@ -135,8 +139,12 @@ def measured(stack: Stack, run: Path, entropy: float) -> dict:
         "commit": json.loads((run / "environment.json").read_text())["git_commit"],
         "layers": stack.layers,
         "steps": len(losses),
+        "options": stack.options,
+        "lr": stack.lr,
         "first_loss": losses[0],
         "last_loss": last,
+        "largest_grad_norm": max(filter(None, column(run, "grad_norm"))),
+        "falls": last is not None and last < losses[0] - FALLS_BY,
         "learns": last is not None and last < entropy,
         "losses": [None if loss is None else round(loss, 4) for loss in losses],
     }
@@ -163,9 +171,10 @@ def main() -> None:
         if args.only and stack.placement not in args.only:
             continue
         rows[stack.name] = measured(stack, train(stack, args.data, args.runs), entropy)
-        learning = [name for name, row in rows.items() if row["learns"]]
-        headline = f"{len(learning)} of {len(rows)} deep stacks learn; not: " + (
-            ", ".join(sorted(set(rows) - set(learning))) or "none"
+        counts = {word: sum(row[word] for row in rows.values()) for word in ("falls", "learns")}
+        headline = (
+            f"the loss falls in {counts['falls']} of {len(rows)} deep stacks, below the unigram "
+            f"entropy in {counts['learns']}"
         )
         draw(rows, entropy, WINDOW, RESULTS / "depth.png")
         write_result("depth", headline, {"unigram_entropy": entropy, "stacks": rows})

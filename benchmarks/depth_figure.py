@@ -28,7 +28,9 @@ def draw(rows: dict[str, dict], entropy: float, window: int, path: Path) -> None
             style, color = "-" if row["learns"] else "--", colors((place + 0.5) / len(shown))
             axis.plot(losses, style, color=color, linewidth=1.2, label=label(row))
         axis.axhline(entropy, color="black", linewidth=0.8, linestyle=":", label="unigram entropy")
+        top = 1.1 * max(row["first_loss"] for row in shown)  # a spike would flatten all the rest
         axis.set(title=f"{depth} layers of width 64", xlabel="step", ylabel="training loss (nats)")
+        axis.set_ylim(top=top, bottom=min(row["last_loss"] or top for row in shown) - 0.3)
         axis.legend(fontsize=7, title=f"mean of the last {window} steps", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

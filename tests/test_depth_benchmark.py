@@ -24,7 +24,9 @@ def scripts(monkeypatch):
 def run_of(losses: list[float | None], folder: Path) -> Path:
     """A run directory with these losses."""
     folder.mkdir()
-    lines = [json.dumps({"step": i, "train/loss": loss}) for i, loss in enumerate(losses)]
+    lines = [
+        json.dumps({"train/loss": loss, "grad_norm": i + 1.0}) for i, loss in enumerate(losses)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "environment.json").write_text(json.dumps({"git_commit": "abc"}))
     return folder
@@ -56,3 +58,4 @@ def test_a_run_learns_if_the_mean_of_its_last_steps_is_below_the_entropy(scripts
         assert row["last_loss"] == pytest.approx(last)
         assert row["learns"] is learns
         assert (row["first_loss"], row["steps"], row["layers"]) == (9.0, 30, 200)
+        assert row["falls"] and row["largest_grad_norm"] == 30.0
