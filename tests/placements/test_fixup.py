@@ -71,6 +71,5 @@ def test_every_block_starts_as_the_identity_and_learns() -> None:
 
 @pytest.mark.parametrize("weights", ["weight_norm", "project"])
 def test_weights_that_need_a_length_refuse_a_start_at_0(weights: str) -> None:
-    config = build_config(SHAPE, placement="fixup", weights=weights)
     with pytest.raises(ConfigError, match=r"init 'fixup' starts model\.layers\.0\..* at 0"):
-        build_model(config)
+        build_config(SHAPE, placement="fixup", weights=weights)
