@@ -228,8 +228,9 @@ def test_a_closed_pipe_ends_the_command_quietly():
 
 def test_ctrl_c_ends_the_command_quietly():
     code = """
-import sys, time
+import signal, time
 from llmnorm.cli import run_main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def main(words):
     print("ready", flush=True)
     time.sleep(60)
