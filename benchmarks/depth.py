@@ -155,7 +155,7 @@ def _finite(loss: float | None) -> float | None:
 
 
 def main() -> None:
-    """Run what is left; write result and picture after every stack."""
+    """Run what is left, then write result and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="PLACEMENT", help="these placements alone")
     parser.add_argument("--data", type=Path, default=Path("data/depth"))
@@ -168,16 +168,15 @@ def main() -> None:
     rows = json.loads(path.read_text())["stacks"] if path.is_file() else {}
     entropy = unigram_entropy(args.data)
     for stack in STACKS:
-        if args.only and stack.placement not in args.only:
-            continue
-        rows[stack.name] = measured(stack, train(stack, args.data, args.runs), entropy)
-        counts = {word: sum(row[word] for row in rows.values()) for word in ("falls", "learns")}
-        headline = (
-            f"the loss falls in {counts['falls']} of {len(rows)} deep stacks, below the unigram "
-            f"entropy in {counts['learns']}"
-        )
-        draw(rows, entropy, WINDOW, RESULTS / "depth.png")
-        write_result("depth", headline, {"unigram_entropy": entropy, "stacks": rows})
+        if args.only is None or stack.placement in args.only:
+            rows[stack.name] = measured(stack, train(stack, args.data, args.runs), entropy)
+    counts = {word: sum(row[word] for row in rows.values()) for word in ("falls", "learns")}
+    headline = (
+        f"the loss falls in {counts['falls']} of {len(rows)} deep stacks, below the unigram "
+        f"entropy in {counts['learns']}"
+    )
+    draw(rows, entropy, WINDOW, RESULTS / "depth.png")
+    write_result("depth", headline, {"unigram_entropy": entropy, "stacks": rows})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from llmnorm.placements import PLACEMENTS
 from llmnorm.recipes import NORM_RECIPES, OPERATOR_RECIPES, PLACEMENT_RECIPES, WEIGHT_RECIPES
 from llmnorm.recipes.facts import KINDS, REFERENCE, choice, choices, named, options_of
 
-pytestmark = pytest.mark.fast
-
 RECIPES = {
     f"{kind} {name}": recipe
     for kind, recipes in (

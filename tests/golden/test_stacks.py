@@ -1,12 +1,10 @@
 """Whole decoders give the references' outputs, losses, hidden states and gradients."""
 
-import pytest
 from goldens.adapters import adapt
 from goldens.cases import Case, stack_cases
 from goldens.comparison import compare_stack
 
 golden_cases = stack_cases
-pytestmark = pytest.mark.fast
 
 
 def test_stack_equals_the_reference(case: Case) -> None:

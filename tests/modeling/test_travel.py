@@ -122,7 +122,6 @@ def test_a_foreign_residual_module_loads_where_its_package_is_missing(foreign_jo
     assert "from .residual import Residual as Joint\nfrom .residual import register_resid" in saved
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "line",
     [
