@@ -187,7 +187,6 @@ def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:
                 depth=config.num_hidden_layers,
                 num_attention_heads=config.num_attention_heads,
                 hidden_size=config.hidden_size,
-                head_dim=config.head_dim,
             )
             layer[kind] = rule.residual(site, at[kind])
         layer["attn"] = _with_qk_norm(layer["attn"], config, rule)

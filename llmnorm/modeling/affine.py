@@ -16,7 +16,7 @@ from .operations import check_positive, compute_dtype, register_norm
 
 
 class AffineNorm(nn.Module):
-    """Base of the norms: a subclass says what `normalized(x)` is.
+    """Base of the norms: a subclass says what `normalized(x)` is, or has a forward of its own.
 
         y = scale * (gain * normalized(x) + bias)
 

@@ -27,17 +27,13 @@ class Constant(nn.Module):
         return self.value * x
 
 
-@register_gain("gain")
-class Gain(nn.Module):
-    """Multiply each feature by a learned number: y = weight * x.
+class LearnedGain(nn.Module):
+    """Base of the learned gains: y = weight * x, weight of `size` numbers, initially `value`."""
 
-    Shape: x and y are (..., dim); weight is (dim,), initially `value`.
-    """
-
-    def __init__(self, dim: int, *, value: float = 1.0) -> None:
+    def __init__(self, size: int, value: float) -> None:
         super().__init__()
         self.value = float(value)
-        self.weight = nn.Parameter(torch.full((dim,), self.value))
+        self.weight = nn.Parameter(torch.full((size,), self.value))
 
     def reset_parameters(self) -> None:
         init.constant_(self.weight, self.value)
@@ -46,8 +42,19 @@ class Gain(nn.Module):
         return (self.weight * x).to(x.dtype)
 
 
+@register_gain("gain")
+class Gain(LearnedGain):
+    """Multiply each feature by a learned number: y = weight * x.
+
+    Shape: x and y are (..., dim); weight is (dim,), initially `value`.
+    """
+
+    def __init__(self, dim: int, *, value: float = 1.0) -> None:
+        super().__init__(dim, value)
+
+
 @register_gain("head_gain")
-class HeadGain(nn.Module):
+class HeadGain(LearnedGain):
     """Multiply each head's output by a learned number (NormFormer's HeadScale).
 
     Shape: x and y are (..., heads * head_dim); weight is (heads,), initially `value`.
@@ -57,14 +64,10 @@ class HeadGain(nn.Module):
     """
 
     def __init__(self, dim: int, *, heads: int, value: float = 1.0) -> None:
-        super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"head_gain: {heads} heads do not divide a width of {dim}")
-        self.heads, self.value = heads, float(value)
-        self.weight = nn.Parameter(torch.full((heads,), self.value))
-
-    def reset_parameters(self) -> None:
-        init.constant_(self.weight, self.value)
+        super().__init__(heads, value)
+        self.heads = heads
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y_head = self.weight[:, None] * x.unflatten(-1, (self.heads, -1))
@@ -103,7 +106,7 @@ class GPASGate(nn.Module):
 
 
 @register_gain("scalar_gain")
-class ScalarGain(nn.Module):
+class ScalarGain(LearnedGain):
     """Multiply all features by one learned number: y = weight * x; weight is (1,).
 
     Args:
@@ -112,15 +115,7 @@ class ScalarGain(nn.Module):
     """
 
     def __init__(self, dim: int, *, value: float = 1.0) -> None:
-        super().__init__()
-        self.value = float(value)
-        self.weight = nn.Parameter(torch.full((1,), self.value))
-
-    def reset_parameters(self) -> None:
-        init.constant_(self.weight, self.value)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.weight * x).to(x.dtype)
+        super().__init__(1, value)
 
 
 @register_gain("scalar_bias")
@@ -139,7 +134,7 @@ class ScalarBias(nn.Module):
 
 
 @register_gain("profiled_gain")
-class ProfiledGain(Gain):
+class ProfiledGain(LearnedGain):
     """A `gain` whose start is measured on the scheme's own initial model (Admin).
 
     `llmnorm.calibration` measures `value`. Until then there is nothing to start from, so a model
@@ -155,7 +150,7 @@ class ProfiledGain(Gain):
             raise ValueError(
                 f"profiled_gain.value is {value!r}; expected above 0, or 0: unmeasured"
             )
-        super().__init__(dim, value=value or math.nan)
+        super().__init__(dim, value or math.nan)
 
     def reset_parameters(self) -> None:
         loaded = getattr(self.weight, "_is_hf_initialized", False)
@@ -166,16 +161,11 @@ class ProfiledGain(Gain):
         super().reset_parameters()
 
 
-class EmbeddingScale(nn.Module):
+class EmbeddingScale(LearnedGain):
     """Multiply the embedding by one learned scalar; weight is (1,), initially `value`."""
 
     def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-        self.weight = nn.Parameter(torch.full((1,), value))
-
-    def reset_parameters(self) -> None:
-        init.constant_(self.weight, self.value)
+        super().__init__(1, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight.to(x.dtype) * x

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from .operations import read_choice
 
 _OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
-_OPTIONS = {
+WEIGHT_OPTIONS = {
     "plain": (),
     "weight_norm": (),
     "unit": (),
@@ -50,11 +50,12 @@ class WeightSpec:
         """Read the field; an unknown kind or option raises ValueError."""
         given = read_choice("weights", value, "kind")
         spec = cls(**{name: given[name] for name in asdict(cls()) if name in given})
-        if spec.kind not in _OPTIONS:
-            raise ValueError(f"weights is {spec.kind!r}; expected one of {', '.join(_OPTIONS)}")
-        unknown = sorted(set(given) - {"kind", *_OPTIONS[spec.kind]}, key=str)
+        if spec.kind not in WEIGHT_OPTIONS:
+            known = ", ".join(WEIGHT_OPTIONS)
+            raise ValueError(f"weights is {spec.kind!r}; expected one of {known}")
+        unknown = sorted(set(given) - {"kind", *WEIGHT_OPTIONS[spec.kind]}, key=str)
         if unknown:
-            allowed = ", ".join(_OPTIONS[spec.kind]) or "none"
+            allowed = ", ".join(WEIGHT_OPTIONS[spec.kind]) or "none"
             raise ValueError(f"{spec.kind} has no option {unknown[0]!r}; its options: {allowed}")
         for name, least in (("interval_steps", 1), ("free_steps", 0)):
             count = getattr(spec, name)

@@ -24,7 +24,6 @@ class Site:
     depth: int
     num_attention_heads: int
     hidden_size: int
-    head_dim: int
 
     @property
     def number(self) -> int:

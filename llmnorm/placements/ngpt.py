@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmnorm.modeling.operations import check_positive
 from llmnorm.modeling.residual import NormSpec, ResidualSpec
 
 from .base import Placement, Site, register
@@ -44,8 +45,7 @@ class NGPT(Placement):
     accepts: ClassVar[tuple[str, ...]] = ("l2norm",)
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ValueError(f"ngpt.rate is {self.rate!r}; expected a number above 0")
+        check_positive("ngpt.rate", self.rate)
 
     def residual(self, site: Site, norm: NormSpec) -> ResidualSpec:
         for option, wanted in _UNIT.items():

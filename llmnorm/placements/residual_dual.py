@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llmnorm.modeling.operations import check_positive
 from llmnorm.modeling.residual import NormSpec, ResidualSpec, constant
 from llmnorm.modeling.streams import StreamsSpec
 
@@ -35,8 +36,7 @@ class ResidualDual(Placement):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"residual_dual.scale is {self.scale!r}; expected a number above 0")
+        check_positive("residual_dual.scale", self.scale)
 
     def residual(self, site: Site, norm: NormSpec) -> ResidualSpec:
         second = None if self.scale == 1 else constant(self.scale)

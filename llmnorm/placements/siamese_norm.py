@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llmnorm.modeling.operations import check_positive
 from llmnorm.modeling.residual import NormSpec, ResidualSpec, constant
 from llmnorm.modeling.streams import StreamsSpec
 
@@ -45,8 +46,7 @@ class SiameseNorm(Placement):
         if self.variant not in _VARIANTS:
             known = " or ".join(_VARIANTS)
             raise ValueError(f"siamese_norm.variant is {self.variant!r}; expected {known}")
-        if not self.damping > 0:
-            raise ValueError(f"siamese_norm.damping is {self.damping!r}; expected a number above 0")
+        check_positive("siamese_norm.damping", self.damping)
         if self.star and self.variant != "hybrid":
             raise ValueError("siamese_norm.star is for variant hybrid alone")
 

@@ -15,8 +15,7 @@ from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.operations import list_norms, operation
-from llmnorm.modeling.weights import _OPTIONS as WEIGHT_OPTIONS
-from llmnorm.modeling.weights import WeightSpec
+from llmnorm.modeling.weights import WEIGHT_OPTIONS, WeightSpec
 from llmnorm.papers import PAPERS
 from llmnorm.placements import PLACEMENTS, list_placements, parse_placement
 from llmnorm.resources import suggest

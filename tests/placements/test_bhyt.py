@@ -124,6 +124,6 @@ def test_what_it_is_not_defined_for_is_refused() -> None:
 
 
 def test_the_constant_is_one_over_length_times_width() -> None:
-    site = Site(kind="mlp", layer_idx=0, depth=4, num_attention_heads=4, hidden_size=32, head_dim=8)
+    site = Site(kind="mlp", layer_idx=0, depth=4, num_attention_heads=4, hidden_size=32)
     spec = parse_placement(FULL).residual(site, build_config(SHAPE).final_norm_spec())
     assert spec.first.options == {"value": 1 / (SEQ_LEN * 32)}

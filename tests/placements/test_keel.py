@@ -65,7 +65,6 @@ def sublayer(name: str, depth: int, **options: Any) -> Residual:
         depth=depth,
         num_attention_heads=1,
         hidden_size=DIM,
-        head_dim=DIM,
     )
     norm = NormSpec.parse({"op": "rmsnorm", "eps": 1e-30})
     spec = parse_placement({"name": name, **options}).residual(site, norm)

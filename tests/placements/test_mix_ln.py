@@ -28,7 +28,6 @@ def post_layers(fraction: float, depth: int) -> int:
                         depth=depth,
                         num_attention_heads=4,
                         hidden_size=32,
-                        head_dim=8,
                     ),
                     norm,
                 ).slots()
