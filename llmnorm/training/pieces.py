@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,7 +90,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
 
 
 class PieceReader:
-    """Reads whole tensors from the pieces of a checkpoint, whoever wrote them.
+    """Reads ranges of tensors from the pieces of a checkpoint, whoever wrote them.
 
     Args:
         folder: a checkpoint whose manifest has been verified.
@@ -101,46 +102,86 @@ class PieceReader:
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder = folder
-        self._where: dict[str, list[tuple[int, Path, str]]] = {}
+        self._where: dict[str, list[_Stored]] = {}
         for path in sorted(folder.glob(f"{prefix}-*-of-*.safetensors")):
             try:
-                with safe_open(path, "pt") as handle:
-                    keys = list(handle.keys())
+                handle = safe_open(path, "pt")
+                for key in list(handle.keys()):
+                    match = _PARTIAL.match(key)
+                    name, start = (match[1], int(match[2])) if match else (key, 0)
+                    stored = _Stored(start, path, key, handle)
+                    self._where.setdefault(name, []).append(stored)
             except SafetensorError as error:
                 raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-            for key in keys:
-                match = _PARTIAL.match(key)
-                name, start = (match[1], int(match[2])) if match else (key, 0)
-                self._where.setdefault(name, []).append((start, path, key))
+        for pieces in self._where.values():
+            pieces.sort(key=lambda stored: stored.start)
 
     def names(self) -> list[str]:
         """Return the names of all tensors, `NAME` or `NAME.SLOT`."""
         return list(self._where)
 
-    def tensor(self, key: str, shape: torch.Size) -> Tensor:
-        """Return a tensor joined from its pieces.
+    def _pieces(self, key: str) -> list["_Stored"]:
+        if key not in self._where:
+            raise CheckpointError(f"{self.folder}: {key} is missing")
+        return self._where[key]
 
-        Args:
-            key: `NAME` or `NAME.SLOT`.
-            shape: the tensor's shape, used when it was written in parts.
+    def whole_shape(self, key: str) -> torch.Size | None:
+        """Return the shape of a tensor that was written whole, None for one in parts."""
+        first = self._pieces(key)[0]
+        return first.shape if first.key == key else None
+
+    def tensor(self, key: str, shape: torch.Size) -> Tensor:
+        """Return a whole tensor; `shape` says its form when it was written in parts.
 
         Raises:
             CheckpointError: if pieces are missing, overlap or are of another size.
         """
-        pieces = sorted(self._where.get(key, []))
-        parts = []
-        for _, path, stored in pieces:
-            with safe_open(path, "pt") as handle:
-                parts.append(handle.get_tensor(stored))
-        if len(pieces) == 1 and pieces[0][2] == key:
-            return parts[0].clone()
-        expected = 0
-        for (start, path, _), part in zip(pieces, parts, strict=True):
-            if start != expected:
-                raise CheckpointError(f"{path}: {key} continues at {start}, expected {expected}")
-            expected += part.numel()
-        if expected != shape.numel():
+        shape = self.whole_shape(key) or shape
+        stored = sum(piece.numel for piece in self._pieces(key))
+        if stored != shape.numel():
             raise CheckpointError(
-                f"{self.folder}: {key} has {expected} elements, expected {shape.numel()}"
+                f"{self.folder}: {key} has {stored} elements, expected {shape.numel()}"
             )
-        return torch.cat(parts).reshape(shape)
+        return self.flat(key, 0, shape.numel()).reshape(shape)
+
+    def flat(self, key: str, start: int, stop: int) -> Tensor:
+        """Return the elements [start, stop) of a flattened tensor, a new 1-D tensor.
+
+        Only the files that hold them are read, and of these only the rows that are needed.
+
+        Raises:
+            CheckpointError: if pieces are missing or overlap.
+        """
+        parts, expected = [], start
+        for piece in self._pieces(key):
+            if piece.start >= stop or piece.start + piece.numel <= start:
+                continue
+            low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if low != expected:
+                raise CheckpointError(
+                    f"{piece.path}: {key} continues at {low}, expected {expected}"
+                )
+            parts.append(piece.read(low, high))
+            expected = high
+        if expected != stop:
+            raise CheckpointError(f"{self.folder}: {key} ends at {expected}, expected {stop}")
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+class _Stored:
+    """A piece in its file, read when asked for."""
+
+    def __init__(self, start: int, path: Path, key: str, handle: Any) -> None:
+        self.start, self.path, self.key, self._handle = start, path, key, handle
+        self.shape = torch.Size(handle.get_slice(key).get_shape())
+        self.numel = self.shape.numel()
+
+    def read(self, low: int, high: int) -> Tensor:
+        """Return the elements [low, high), counted in the whole tensor."""
+        low, high = low - self.start, high - self.start
+        if not self.shape:
+            return self._handle.get_tensor(self.key).reshape(1)
+        row = self.numel // self.shape[0]
+        first, last = low // row, -(-high // row)
+        rows = self._handle.get_slice(self.key)[first:last].flatten()
+        return rows[low - first * row : high - first * row].clone()
