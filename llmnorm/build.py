@@ -27,6 +27,7 @@ from llmnorm.modeling.weights import WeightSpec
 from llmnorm.papers import PAPERS, arxiv
 from llmnorm.placements import Placement, Site, parse_placement
 from llmnorm.resources import shape_folder, suggest
+from llmnorm.safe_files import read_json
 from llmnorm.selftest import promised_slots, self_test
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,8 @@ def _shape(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(base)
     file = shape_folder(str(base)) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: expected a Hugging Face config.json; {error}") from error
     if not isinstance(content, dict) or content.get("model_type", "llmnorm") != "llmnorm":
         raise ConfigError(f"{file}: model_type must be 'llmnorm'; this is another kind of model")

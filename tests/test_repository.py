@@ -30,6 +30,7 @@ LAYERS = {
     "processes": 1,
     "resources": 1,
     "running_norms": 1,
+    "safe_files": 1,
     "modeling": 2,
     "placements": 3,
     "calibration": 3,

@@ -19,6 +19,7 @@ from llmnorm.config import choices
 from llmnorm.config.document import MAX_INTEGER
 from llmnorm.config.dump import dump_document
 from llmnorm.resources import shape_folder, suggest
+from llmnorm.safe_files import read_json
 
 
 def _path(value: object) -> Path:
@@ -297,7 +298,7 @@ class RunConfig(Section):
         """
         values = self.numbers()
         shape = shape_folder(self.model.preset) / "config.json"
-        values["model"]["preset"] = json.loads(shape.read_text())
+        values["model"]["preset"] = read_json(shape)
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,8 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmnorm.config.document import MAX_BYTES, read_document
 from llmnorm.errors import CheckpointError, ConfigError, DataError
 from llmnorm.evaluation.quiet import quiet
+from llmnorm.evaluation.screening import screen_config, screen_weights
 
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -124,8 +125,9 @@ def read_run_config(run: Path) -> dict[str, Any]:
     """
     file = run / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        with file.open("rb") as handle:
+            content = read_document(handle.read(MAX_BYTES + 1).decode("utf-8"), str(file)).value
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     for path in ("model.norm.op", "model.placement.name", "data.seq_len"):
         value = content
@@ -161,7 +163,7 @@ def load(
         DataError: a run whose config.yaml cannot be read.
     """
     source = find(model)
-    _check_config(source, trust_remote_code)
+    screen_weights(source.location, _check_config(source, trust_remote_code))
     weights = _weights(source, dtype, trust_remote_code)
     weights.to(torch.device(device))  # type: ignore[arg-type]  # a decorator hides nn.Module's types
     seq_len = read_run_config(source.run)["data"]["seq_len"] if source.run else None
@@ -173,15 +175,17 @@ def load(
     )
 
 
-def _check_config(source: Source, trust_remote_code: bool) -> None:
-    """Fail before any weight is read when the model is unknown or its code not trusted."""
+def _check_config(source: Source, trust_remote_code: bool) -> Path:
+    """Return the model's folder; fail early when it is unknown or its code is not trusted."""
     try:
+        folder = screen_config(source.location)
         AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         hint = " (pass --trust-remote-code to run it)" if "trust_remote_code" in str(error) else ""
         raise ConfigError(
             f"{source.location} cannot be opened as a model: {_reason(error)}{hint}"
         ) from error
+    return folder
 
 
 def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -190,6 +194,7 @@ def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedM
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 dtype=_DTYPES[dtype],
+                use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmnorm import safe_files
 from llmnorm.errors import DataError, EnvironmentProblem
 
 Record = dict[str, Any]
@@ -86,7 +87,7 @@ def read_json(path: Path) -> Record:
         DataError: the file cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = safe_files.read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; remove or restore it") from error
     if not isinstance(content, dict):

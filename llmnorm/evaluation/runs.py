@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from llmnorm.errors import ConfigError, DataError
 from llmnorm.evaluation import records
 from llmnorm.evaluation.loading import is_run, read_run_config
+from llmnorm.safe_files import open_safetensors
 
 Curve = list[tuple[int, float]]
 
@@ -170,7 +169,7 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"]), "tokens": int(row["tokens"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 break  # a run that is being written, or was killed while writing
             raise DataError(
@@ -189,8 +188,8 @@ def _named(name: str, options: dict[str, Any]) -> str:
 
 def _elements(shard: Path) -> int:
     try:
-        with safe_open(shard, framework="np") as tensors:
+        with open_safetensors(shard, "np") as tensors:
             names = tensors.keys()
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{shard} cannot be read: {error}; restore it") from error

@@ -5,14 +5,12 @@ are held, and whether the head is the embedding. Starts that a scheme measures a
 weights that are copied replace them.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +20,7 @@ from llmnorm.errors import CheckpointError
 from llmnorm.modeling.initialization import InitSpec
 from llmnorm.modeling.parametrization import Parametrization
 from llmnorm.modeling.weights import WeightSpec
+from llmnorm.safe_files import check_inside, open_safetensors, read_json
 from llmnorm.training.directory import flatten
 
 logger = logging.getLogger(__name__)
@@ -31,20 +30,12 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the weights of a Hugging Face folder (safetensors) into a model of the same shape.
 
     Raises:
-        CheckpointError: if there are none, or names, shapes, ties or wiring differ (the first are
-            named).
+        CheckpointError: if there are none, they are not finite, or names, shapes, ties or wiring
+            differ (the first are named).
     """
     _check_wiring(model, folder)
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as handle:
-                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
-        except SafetensorError as error:
-            raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
-    if not stored:
-        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
     wanted = dict(model.named_parameters())
+    stored = _read(folder, 1000 + 4 * len(wanted))
     ties = _ties(model)
     problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
     problems += [
@@ -56,6 +47,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         for name, owner in ties.items()
         if name in stored and owner in stored and not torch.equal(stored[name], stored[owner])
     ]
+    problems += [f"{name} is not finite" for name, t in stored.items() if not _is_finite(t)]
     if problems:
         raise CheckpointError(
             f"training.init_from={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
@@ -67,12 +59,32 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     logger.info("weights taken from %s", folder)
 
 
+def _read(folder: Path, most_tensors: int) -> dict[str, Tensor]:
+    """Return all tensors of a folder's safetensors files."""
+    stored: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            check_inside(path, folder)
+            with open_safetensors(path, most_tensors=most_tensors) as handle:
+                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"training.init_from: weights cannot be read: {error}") from error
+    if not stored:
+        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
+    return stored
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are numbers; types of one byte are not asked, torch cannot."""
+    return tensor.itemsize == 1 or bool(tensor.isfinite().all())
+
+
 def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
     """Refuse weights of the same shapes but another meaning, as far as their config tells it."""
     assert isinstance(model.config, LlmNormConfig)
     path = folder / "config.json"
     try:
-        text = json.loads(path.read_text(encoding="utf-8"))
+        text = read_json(path)
         wanted = _wiring(model.config)
         if text.get("model_type") == LlmNormConfig.model_type:
             stored = _wiring(LlmNormConfig.from_dict(text))
