@@ -11,7 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from ..durable import sha256_of
 from ..errors import DataError
@@ -30,6 +37,14 @@ class FileEntry(_Strict):
     name: str
     bytes: NonNegativeInt
     sha256: str
+
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        parts = value.split("/")
+        if not value.isprintable() or "\\" in value or not {"", ".", ".."}.isdisjoint(parts):
+            raise ValueError(f"{value!r:.80} is no path inside the folder")
+        return value
 
 
 class ShardEntry(_Strict):
@@ -116,6 +131,8 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {where}: {first['msg']}; prepare the data again") from None
+    except RecursionError:
+        raise DataError(f"{path}: JSON nested too deeply; prepare the data again") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error}); prepare the data again") from None
     if checksum != _checksum(content):

@@ -1,11 +1,12 @@
-"""Reading a prepared folder: memory-mapped, verified on opening.
+"""Reading a prepared folder, verified on opening.
 
 Token stream of a split: every document is end-of-text + its tokens, documents one after another,
 shards one after another. `batches.py` cuts it into samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ from .manifest import (
     hash_files,
     read_manifest,
 )
+from .reading import ArrayFile, OpenFiles, Stamp, check_size
 from .tokenizer import check_ids, saved_tokenizer
 
 
@@ -73,7 +75,7 @@ class Prepared:
     def _check_files(self, verify: bool) -> None:
         entries = self.manifest.files
         for entry in entries:
-            _check_size(self.path, entry)
+            check_size(self.path, entry)
         known = {entry.name for entry in entries}
         for file in sorted(self.path.glob("*/*.npy")):
             if (name := file.relative_to(self.path).as_posix()) not in known:
@@ -91,17 +93,6 @@ class Prepared:
                     )
 
 
-def _check_size(folder: Path, entry: FileEntry) -> None:
-    file = folder / entry.name
-    if not file.is_file():
-        raise DataError(f"{file} is missing; restore it or prepare the data again")
-    if (size := file.stat().st_size) != entry.bytes:
-        what = f"ends at byte {size}" if size < entry.bytes else f"has {size} bytes"
-        raise DataError(
-            f"{file} {what}, the manifest says {entry.bytes} bytes; restore it or prepare again"
-        )
-
-
 class Split:
     """One split as one long token stream.
 
@@ -109,29 +100,51 @@ class Split:
         tokens, documents, utf8_bytes: totals; tokens count one end-of-text per document.
     """
 
-    def __init__(self, folder: Path, name: str, entry: SplitEntry, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        entry: SplitEntry,
+        manifest: Manifest,
+        stamps: Sequence[Stamp] | None = None,
+    ) -> None:
         self.path = folder / name
         self.name = name
         self.tokens, self.documents = entry.tokens, entry.documents
         self.utf8_bytes = entry.utf8_bytes
         self.vocab_size = manifest.tokenizer.vocab_size
         self.eos_token_id = manifest.tokenizer.eos_token_id
-        self._folder, self._entry, self._manifest = folder, entry, manifest
-        self._entries = entry.shards
-        dtype = np.dtype(manifest.dtype)
-        self._shards = [_map(folder, s.tokens_file, dtype, (s.tokens,)) for s in entry.shards]
-        self._docs = [
-            _map(folder, s.docs_file, np.dtype("<i8"), (s.documents, 2)) for s in entry.shards
-        ]
+        self._arguments = folder, name, entry, manifest
+        self._open_shards(folder, entry.shards, np.dtype(manifest.dtype), stamps)
         # (shards + 1,) positions in the split where shards begin, in tokens and in documents
         self._starts = np.cumsum([0, *(shard.tokens for shard in entry.shards)])
         self._doc_starts = np.cumsum([0, *(shard.documents for shard in entry.shards)])
         if (self._starts[-1], self._doc_starts[-1]) != (self.tokens, self.documents):
             raise DataError(f"{self.path}: shards do not add up to the manifest's totals")
 
-    def __reduce__(self) -> tuple[type["Split"], tuple[Path, str, SplitEntry, Manifest]]:
-        """Opened again in another process, since a pickled memory map would be a copy of all."""
-        return Split, (self._folder, self.name, self._entry, self._manifest)
+    def _open_shards(
+        self,
+        folder: Path,
+        shards: Sequence[ShardEntry],
+        dtype: np.dtype,
+        stamps: Sequence[Stamp] | None,
+    ) -> None:
+        files = OpenFiles()
+        wanted: list[tuple[FileEntry, np.dtype, tuple[int, ...]]] = [
+            *((shard.tokens_file, dtype, (shard.tokens,)) for shard in shards),
+            *((shard.docs_file, np.dtype("<i8"), (shard.documents, 2)) for shard in shards),
+        ]
+        known: Sequence[Stamp | None] = stamps or [None] * len(wanted)
+        arrays = [
+            ArrayFile(folder, *what, files=files, stamp=stamp)
+            for what, stamp in zip(wanted, known, strict=True)
+        ]
+        self._stamps = [array.stamp for array in arrays]
+        self._shards, self._docs = arrays[: len(shards)], arrays[len(shards) :]
+
+    def __reduce__(self) -> tuple[type["Split"], tuple[Any, ...]]:
+        """Opened again in another process, where the files must still be the same."""
+        return Split, (*self._arguments, self._stamps)
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens ``start .. start + length`` of the stream, (length,) int64.
@@ -159,16 +172,20 @@ class Split:
     def document(self, i: int) -> np.ndarray:
         """Document ``i`` with its leading end-of-text, (length,) int64."""
         shard, row = self._locate(i)
-        docs = self._docs[shard]
-        begin = int(docs[row, 0])
-        last = row + 1 == len(docs)
-        end = self._entries[shard].tokens if last else int(docs[row + 1, 0])
+        docs, stored = self._docs[shard], self._shards[shard].shape[0]
+        starts = docs.rows(row, min(2, docs.shape[0] - row))[:, 0].tolist()
+        begin, end = (*starts, stored)[:2]
+        if not 0 <= begin < end <= stored:
+            raise DataError(
+                f"{docs.path}: row {row} puts a document at tokens {begin} to {end} of {stored}; "
+                "prepare the data again"
+            )
         return self.window(int(self._starts[shard]) + begin, end - begin)
 
     def document_bytes(self, i: int) -> int:
         """UTF-8 bytes of document ``i``'s text."""
         shard, row = self._locate(i)
-        return int(self._docs[shard][row, 1])
+        return int(self._docs[shard].rows(row, 1)[0, 1])
 
     def documents_for_scoring(
         self, max_documents: int | None = None
@@ -184,24 +201,8 @@ class Split:
         shard = int(np.searchsorted(self._doc_starts, i, side="right")) - 1
         return shard, i - int(self._doc_starts[shard])
 
-    def _read(self, shard: int, begin: int, length: int) -> np.ndarray:
-        entry: ShardEntry = self._entries[shard]
-        # A file cut while mapped would kill the process on access (SIGBUS), so look first.
-        _check_size(self._folder, entry.tokens_file)
-        part = self._shards[shard][begin : begin + length]
-        check_ids(part, self.vocab_size, f"{self._folder / entry.tokens_file.name} from {begin}")
+    def _read(self, shard: int, begin: int, most: int) -> np.ndarray:
+        tokens = self._shards[shard]
+        part = tokens.rows(begin, min(most, tokens.shape[0] - begin))
+        check_ids(part, self.vocab_size, f"{tokens.path} from {begin}")
         return part
-
-
-def _map(folder: Path, entry: FileEntry, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    file = folder / entry.name
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a readable .npy file: {error}") from None
-    if array.dtype != dtype or array.shape != shape:
-        raise DataError(
-            f"{file} holds {array.dtype}{list(array.shape)}, the manifest says "
-            f"{dtype}{list(shape)}; it belongs to other data"
-        )
-    return array

@@ -1,6 +1,7 @@
 """A prepared folder gives back the text it was made from, or says what is wrong with it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,50 @@ def test_a_shard_cut_while_in_use_is_an_error_and_no_crash(copy: Path) -> None:
         stream.truncate(200)
     with pytest.raises(DataError, match=r"tokens-00000\.npy ends at byte 200"):
         split.window(0, 10)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "docs"])
+def test_a_shard_written_to_while_in_use_is_an_error(copy: Path, kind: str) -> None:
+    split = open_prepared(copy).split("train")
+    rebuild, arguments = split.__reduce__()
+    file = copy / "train" / f"{kind}-00000.npy"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
+    message = rf"{kind}-00000\.npy was written to while in use"
+    for opened in (split, rebuild(*arguments)):  # the second as a worker opens it
+        with pytest.raises(DataError, match=message):
+            opened.document(0)
+
+
+def test_a_shard_replaced_while_in_use_is_read_as_it_was(copy: Path) -> None:
+    split = open_prepared(copy).split("train")
+    before = split.window(0, 100)
+    file = copy / "train" / "tokens-00000.npy"
+    (copy / "other").write_bytes(bytes(file.stat().st_size))
+    (copy / "other").rename(file)
+    assert np.array_equal(split.window(0, 100), before)
+
+
+def test_more_shards_than_files_may_be_open(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepared.split("train").window(0, prepared.split("train").tokens)
+    monkeypatch.setattr("llmnorm.data.reading._MOST_OPEN_FILES", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    split = open_prepared(prepared.path).split("train")
+    assert np.array_equal(split.window(0, split.tokens), whole)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # a split each
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "train/../../x", "a\nb", "", "a//b"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(copy: Path, name: str) -> None:
+    edit(copy, lambda content: content["tokenizer"]["files"][0].update(name=name))
+    refused(copy, "is no path inside the folder")
+
+
+def test_a_manifest_nested_too_deeply_is_refused(copy: Path) -> None:
+    (copy / "manifest.json").write_text("[" * 100_000)
+    refused(copy, r"manifest\.json: JSON nested too deeply")
 
 
 def test_the_fingerprint_tells_data_apart(prepared: Prepared, copy: Path, tmp_path: Path) -> None:
