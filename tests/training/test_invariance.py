@@ -326,17 +326,22 @@ def test_the_launcher_starts_two_synchronized_processes(
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("variable", "named"),
-    [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")],
+    ("variables", "said"),
+    [
+        (("ACCELERATE_USE_MEGATRON_LM",), "asked for Megatron-LM"),
+        (("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"), "DeepSpeed and FSDP at once"),
+        (("ACCELERATE_USE_FSDP",), "FSDP version 1"),
+    ],
 )
 def test_an_engine_that_is_not_there_is_refused_by_name(
-    variable: str, named: str, monkeypatch: pytest.MonkeyPatch
+    variables: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmnorm.errors import EnvironmentProblem
     from llmnorm.training.engines import choose_engine
 
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(EnvironmentProblem, match=f"asked for {named}"):
+    for variable in variables:
+        monkeypatch.setenv(variable, "true")
+    with pytest.raises(EnvironmentProblem, match=said):
         choose_engine()
 
 

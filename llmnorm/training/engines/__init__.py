@@ -80,8 +80,6 @@ class Engine(Protocol):
 
 
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
@@ -91,14 +89,32 @@ def choose_engine() -> Engine:
     """Return the engine that the launcher asked for.
 
     Raises:
-        EnvironmentProblem: if the launcher asked for one that this version does not have.
+        EnvironmentProblem: if the launcher asked for one that there is not, or for two at once.
     """
+    for variable, what in _UNSUPPORTED.items():
+        if _asked(variable):
+            raise EnvironmentProblem(
+                f"the launcher asked for {what}; the engines are one process, DDP, FSDP2 and "
+                "DeepSpeed ZeRO: use a file of configs/accelerate/"
+            )
+    deepspeed, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
+    if deepspeed and fsdp:
+        raise EnvironmentProblem(
+            "the launcher asked for DeepSpeed and FSDP at once; use one file of configs/accelerate/"
+        )
+    cpu = not torch.cuda.is_available()
+    if deepspeed:
+        from llmnorm.training.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(cpu=cpu)
+    if fsdp:
+        from llmnorm.training.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(cpu=cpu)
     from llmnorm.training.engines.plain import PlainEngine
 
-    for variable, what in _UNSUPPORTED.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
-            raise EnvironmentProblem(
-                f"the launcher asked for {what}; this version trains with one process or DDP: "
-                "use configs/accelerate/ddp.yaml"
-            )
-    return PlainEngine(cpu=not torch.cuda.is_available())
+    return PlainEngine(cpu=cpu)
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
