@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmnorm.errors import CheckpointError
+from llmnorm.safe_files import check_safetensors
 
 _PARTIAL = re.compile(r"^(.*)@(\d+)$")
 
@@ -105,13 +106,14 @@ class PieceReader:
         self._where: dict[str, list[_Stored]] = {}
         for path in sorted(folder.glob(f"{prefix}-*-of-*.safetensors")):
             try:
+                check_safetensors(path)
                 handle = safe_open(path, "pt")
                 for key in list(handle.keys()):
                     match = _PARTIAL.match(key)
                     name, start = (match[1], int(match[2])) if match else (key, 0)
                     stored = _Stored(start, path, key, handle)
                     self._where.setdefault(name, []).append(stored)
-            except SafetensorError as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{path} is no safetensors file: {error}") from error
         for pieces in self._where.values():
             pieces.sort(key=lambda stored: stored.start)
