@@ -4,10 +4,14 @@ torch's Muon takes matrices only; embeddings, head, norms and biases need anothe
 the interface that engines use, so nothing else knows that there are two.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import _muon
 
 
 class MuonWithAdamW:
@@ -38,9 +42,21 @@ class MuonWithAdamW:
         return {p: state for member in self.members for p, state in member.state.items()}
 
     def step(self) -> None:
-        """Step both."""
-        for member in self.members:
-            member.step()
+        """Step both.
+
+        Raises:
+            RuntimeError: if a matrix of the Muon branch was not orthogonalized.
+        """
+        muon, adamw = self.members
+        with orthogonalizing_whole_matrices() as done:
+            muon.step()
+        wanted = sum(p.grad is not None for group in muon.param_groups for p in group["params"])
+        if len(done) != wanted:
+            raise RuntimeError(
+                f"Muon orthogonalized {len(done)} of {wanted} matrices; this torch "
+                f"({torch.__version__}) is not one it was tested with"
+            )
+        adamw.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of both."""
@@ -77,3 +93,27 @@ class MuonWithAdamW:
             }
             member.load_state_dict({"state": state, "param_groups": groups})
             offset, first = offset + count, last
+
+
+@contextmanager
+def orthogonalizing_whole_matrices() -> Iterator[list[torch.Size]]:
+    """Give torch's Newton-Schulz iteration whole matrices inside; yields the shapes it was given.
+
+    A matrix in shards is gathered for it, and each rank keeps its rows of the result. Left to
+    itself every product of the iteration would be sharded: more traffic, and partial sums in
+    bfloat16. torch has no public way in; `MuonWithAdamW.step` notices if this one closes.
+    """
+    iterate, done = _muon._zeropower_via_newtonschulz, []
+
+    def on_whole(update: Tensor, *args: Any) -> Tensor:
+        done.append(update.shape)
+        if not isinstance(update, DTensor):
+            return iterate(update, *args)
+        whole = iterate(update.full_tensor(), *args).contiguous()
+        return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+
+    _muon._zeropower_via_newtonschulz = on_whole  # type: ignore[assignment]
+    try:
+        yield done
+    finally:
+        _muon._zeropower_via_newtonschulz = iterate
