@@ -407,6 +407,7 @@ CHANGED = {
     "model.placement.name": "lns",
     "model.overrides": "{embedding: scale}",
     "data.path": "elsewhere",
+    "data.mix": "[{path: one, weight: 1}, {path: other, weight: 2}]",
     "data.seq_len": "32",
     "data.document_mask": "true",
     "data.num_workers": "3",
@@ -475,7 +476,8 @@ def test_the_fingerprint_covers_exactly_what_changes_numbers(path, tmp_path):
     wsd = ["--schedule.name=wsd"] if key == "schedule.decay_steps" else []
     base = load_run_config(None, [*flags(COMPLETE), *wsd])
     value = CHANGED[key].replace("FOLDER", str(tmp_path))
-    changed = load_run_config(None, [*flags(COMPLETE), *wsd, f"--{key}={value}"])
+    drop = ["--data.path=null"] if key == "data.mix" else []
+    changed = load_run_config(None, [*flags(COMPLETE), *wsd, *drop, f"--{key}={value}"])
     assert changed != base
     harmless = key in KEEPS_NUMBERS or path[0] in ("eval", "checkpoint", "log", "output")
     assert (changed.fingerprint() == base.fingerprint()) == harmless
@@ -487,6 +489,42 @@ def test_help_describes_every_key():
         assert f"--{'.'.join(path)}\n" in text
         assert field.description
         assert field.description in text
+
+MIX = "[{path: one, weight: 1}, {path: other, weight: 0.5}]"
+MIXED = [*flags(COMPLETE), "--data.path=null"]
+
+
+def test_the_fingerprint_follows_the_weights_of_a_mixture_not_its_places():
+    run = load_run_config(None, [*MIXED, f"--data.mix={MIX}"])
+    assert run.data.sources == [(Path("one"), 1.0), (Path("other"), 0.5)]
+    moved = load_run_config(None, [*MIXED, f"--data.mix={MIX.replace('other', 'elsewhere')}"])
+    assert moved.fingerprint() == run.fingerprint()
+    other = load_run_config(None, [*MIXED, f"--data.mix={MIX.replace('0.5', '0.6')}"])
+    assert other.fingerprint() != run.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([f"--data.mix={MIX}"], "--data.path: data.mix names folders too; give one of the two"),
+        (["--data.path=null"], "--data.path is required; write it in the run file"),
+        (["--data.path=null", "--data.mix=[]"], "a list of at least 1 item"),
+        (["--data.path=null", "--data.mix=[a]"], "data.mix.0: expected a section of keys"),
+        (["--data.path=null", "--data.mix=[{path: a}]"], "data.mix.0: weight is required there"),
+        (
+            ["--data.path=null", "--data.mix=[{path: a, weight: 1, wheight: 2}]"],
+            "data.mix.0: wheight is not a key there",
+        ),
+        (
+            ["--data.path=null", "--data.mix=[{path: a, weight: 0}]"],
+            "data.mix.0.weight: expected a number above 0, found 0",
+        ),
+    ],
+)
+def test_data_is_one_folder_or_a_mixture(words, complaint):
+    (line,) = errors(None, [*flags(COMPLETE), *words])
+    assert complaint in line
+
 
 
 def test_overrides_are_told_from_other_words():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
 from llmnorm.config import choices
 from llmnorm.config.document import MAX_INTEGER
@@ -120,13 +121,45 @@ class ModelSection(Section):
         return choices.build_arguments(self.preset, self.norm, self.placement, self.overrides)
 
 
-class DataSection(Section):
-    """What is read: a folder that `llmnorm data prepare` made."""
+class MixedFolder(Section):
+    """One folder of `data.mix`."""
 
-    path: LocalPath = Field(description="prepared data folder (from `llmnorm data prepare`)")
+    path: LocalPath
+    weight: float = Field(gt=0)
+
+
+class DataSection(Section):
+    """What is read: a folder that `llmnorm data prepare` made, or several with weights."""
+
+    mix: list[MixedFolder] | None = Field(
+        None,
+        min_length=1,
+        description="several folders, [{path: A, weight: 0.7}, ...]: shares of the sequences",
+    )
+    path: LocalPath | None = Field(
+        None, description="prepared data folder (from `llmnorm data prepare`); this or data.mix"
+    )
     seq_len: Positive = Field(description="sequence length in tokens")
     document_mask: bool = Field(False, description="attend within documents only")
     num_workers: Count = Field(0, description="worker processes that read ahead; 0 reads inline")
+
+    @field_validator("path")
+    @classmethod
+    def _path_or_mix(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        mixed = info.data.get("mix", [])  # not there when it has an error of its own
+        if value is None and mixed is None:
+            raise PydanticKnownError("missing")
+        if value is not None and mixed:
+            raise ValueError("data.mix names folders too; give one of the two")
+        return value
+
+    @property
+    def sources(self) -> list[tuple[Path, float]]:
+        """Every folder with its weight."""
+        if self.mix is not None:
+            return [(folder.path, folder.weight) for folder in self.mix]
+        assert self.path is not None
+        return [(self.path, 1.0)]
 
 
 class OptimizerSection(Section):
@@ -294,7 +327,7 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of `numbers`, with the preset's shape for its name.
 
-        The data's own fingerprint is recorded apart, so data.path is not in it.
+        The data's own fingerprint is recorded apart, so no path of data is in it.
         """
         values = self.numbers()
         shape = shape_folder(self.model.preset) / "config.json"
@@ -306,6 +339,6 @@ class RunConfig(Section):
 _FREE: dict[str, Any] = {
     **dict.fromkeys(("output", "log", "checkpoint", "eval"), True),
     "model": {"imports"},
-    "data": {"path", "num_workers"},
+    "data": {"path": True, "num_workers": True, "mix": {"__all__": {"path"}}},
     "training": {"micro_batch_size", "compile", "activation_checkpointing"},
 }

@@ -51,6 +51,9 @@ def _shorten(text: str) -> str:
 def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     """Return one line for `error`, found while validating `root`; it begins with the key."""
     kind, path, seen = error["type"], error["loc"], error["input"]
+    if kind in ("missing", "extra_forbidden") and (place := _item(path)):
+        what = "is required there" if kind == "missing" else "is not a key there"
+        return f"{key_name(place)}: {path[-1]!s:.40} {what}; --help shows what an item holds"
     if kind == "missing":
         key = key_name(path)
         return f"{key} is required; write it in the run file or give --{key} VALUE"
@@ -69,6 +72,11 @@ def explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     bounds = {name: f"{v:g}" if isinstance(v, float) else v for name, v in context.items()}
     expected = _EXPECTED.get(kind, error["msg"]).format(**bounds)
     return f"{key_name(path)}: expected {expected}, found {show(seen)}"
+
+
+def _item(path: KeyPath) -> KeyPath:
+    """The part of `path` that names an item of a list; empty if there is none."""
+    return path[: max((i + 1 for i, part in enumerate(path) if isinstance(part, int)), default=0)]
 
 
 def one_line(text: str) -> str:

@@ -5,6 +5,8 @@ it reaches a model.
 """
 
 from .batches import GlobalBatches
+from .interleaving import Interleaving
+from .mixture import Mixture, open_mixture
 from .options import PrepareOptions
 from .order import SampleOrder
 from .prepare import prepare
@@ -12,10 +14,13 @@ from .prepared import Prepared, Split, open_prepared
 
 __all__ = [
     "GlobalBatches",
+    "Interleaving",
+    "Mixture",
     "PrepareOptions",
     "Prepared",
     "SampleOrder",
     "Split",
+    "open_mixture",
     "open_prepared",
     "prepare",
 ]

@@ -26,6 +26,7 @@ class SampleOrder:
     Args:
         samples: number of samples in an epoch.
         seed: every seed gives another order.
+        part: of a mixture, each of which has an order of its own.
 
     Raises:
         ValueError: if ``samples < 1``.
@@ -33,11 +34,11 @@ class SampleOrder:
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
 
-    def __init__(self, samples: int, seed: int) -> None:
+    def __init__(self, samples: int, seed: int, part: int = 0) -> None:
         if samples < 1:
             raise ValueError(f"an order needs at least one sample, got {samples}")
         self.samples = samples
-        self.seed = seed
+        self._key = f"{seed}|{part}" if part else f"{seed}"
         self._half_bits = max(1, ((samples - 1).bit_length() + 1) // 2)
 
     def __call__(self, index: int) -> int:
@@ -50,7 +51,7 @@ class SampleOrder:
         result = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            result[chosen] = self._permute(positions[chosen], _keys(self.seed, int(epoch)))
+            result[chosen] = self._permute(positions[chosen], _keys(self._key, int(epoch)))
         return result
 
     def _permute(self, positions: np.ndarray, keys: tuple[np.uint64, ...]) -> np.ndarray:
@@ -75,9 +76,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+def _keys(key: str, epoch: int) -> tuple[np.uint64, ...]:
     digests = (
-        hashlib.blake2b(f"sample order|{seed}|{epoch}|{turn}".encode(), digest_size=8).digest()
+        hashlib.blake2b(f"sample order|{key}|{epoch}|{turn}".encode(), digest_size=8).digest()
         for turn in range(_ROUNDS)
     )
     return tuple(np.uint64(int.from_bytes(digest, "little")) for digest in digests)

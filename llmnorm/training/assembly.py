@@ -4,17 +4,17 @@ Read `loop.py` first; this is what its opening lines call.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from llmnorm.build import build_config, build_model
 from llmnorm.config import RunConfig
-from llmnorm.data import GlobalBatches, Prepared, open_prepared
+from llmnorm.data import GlobalBatches, Interleaving, Mixture, open_mixture
+from llmnorm.data.batches import samples_in
 from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
@@ -57,45 +57,66 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     )
 
 
-def open_data(config: RunConfig, ranks: Ranks) -> Prepared:
+def open_data(config: RunConfig, ranks: Ranks) -> Mixture:
     """Open the prepared data; rank 0 checks every byte, the others what is needed to read."""
-    ranks.on_main(lambda: open_prepared(config.data.path, verify=True).fingerprint)
-    return open_prepared(config.data.path, verify=False)
+    ranks.on_main(lambda: open_mixture(config.data.sources, verify=True).fingerprint)
+    return open_mixture(config.data.sources, verify=False)
 
 
 def describe_run(
-    config: RunConfig, data: Prepared, plan: Plan, model: PreTrainedModel
+    config: RunConfig, data: Mixture, plan: Plan, model: PreTrainedModel
 ) -> dict[str, Any]:
-    """Return size, data and horizon of a run as JSON and log them in one line."""
-    train = data.split("train")
+    """Return size, data and horizon of a run as JSON and log them: a line, and one a folder."""
     counts = parameter_counts(model)
     tokens = plan.steps * plan.tokens_per_step
     per_parameter = tokens / max(1, counts["non_embedding"])
     logger.info(
-        "%s parameters (%s non-embedding), %d steps of %d tokens: %.1f tokens per parameter, "
-        "%.2f epochs",
+        "%s parameters (%s non-embedding), %d steps of %d tokens: %.1f tokens per parameter",
         f"{counts['total']:,}",
         f"{counts['non_embedding']:,}",
         plan.steps,
         plan.tokens_per_step,
         per_parameter,
-        tokens / train.tokens,
     )
+    folders = _describe_folders(config, data, plan)
     _warn_if_short(plan, model)
     return {
         "config_fingerprint": config.fingerprint(),
         "data": {
-            "path": str(data.path),
             "fingerprint": data.fingerprint,
             "vocab_size": data.vocab_size,
-            "train_tokens": train.tokens,
-            "train_documents": train.documents,
+            "folders": folders,
         },
         "parameters": counts,
         "tokens": tokens,
         "tokens_per_non_embedding_parameter": per_parameter,
         "schedule": asdict(plan.schedule),
     }
+
+
+def _describe_folders(config: RunConfig, data: Mixture, plan: Plan) -> list[dict[str, Any]]:
+    """Return what each folder of the data holds and how often the run reads it; log the same."""
+    found = []
+    sequences = Interleaving(data.weights).counts(plan.steps * config.training.global_batch_size)
+    for folder, weight, read in zip(data.folders, data.weights, sequences, strict=True):
+        train = folder.split("train")
+        epochs = read / samples_in(train, config.data.seq_len)
+        found.append(
+            {
+                "path": str(folder.path),
+                "fingerprint": folder.fingerprint,
+                "weight": float(weight),
+                "train_tokens": train.tokens,
+                "train_documents": train.documents,
+                "skipped_documents": folder.manifest.skipped_documents,
+                "epochs": epochs,
+            }
+        )
+        logger.info(
+            "data: %.4g %% of the sequences from %s: %s tokens, %.2f epochs",
+            *(100 * weight, folder.path, f"{train.tokens:,}", epochs),
+        )
+    return found
 
 
 def _warn_if_short(plan: Plan, model: PreTrainedModel) -> None:
@@ -110,7 +131,7 @@ def _warn_if_short(plan: Plan, model: PreTrainedModel) -> None:
         )
 
 
-def check_same_data(facts: Mapping[str, Any], data: Prepared, run: Path) -> None:
+def check_same_data(facts: Mapping[str, Any], data: Mixture, run: Path) -> None:
     """Refuse to continue a run on other data than it began with.
 
     Raises:
@@ -119,27 +140,16 @@ def check_same_data(facts: Mapping[str, Any], data: Prepared, run: Path) -> None
     before = facts["data"]["fingerprint"]
     if before != data.fingerprint:
         raise CheckpointError(
-            f"{run} was trained on data of fingerprint {before[:12]}, {data.path} has "
+            f"{run} was trained on data of fingerprint {before[:12]}, {data.place} has "
             f"{data.fingerprint[:12]}; restore that data, or choose another output.dir"
         )
 
 
-def validation_documents(
-    data: Prepared, most: int | None
-) -> Iterator[tuple[np.ndarray, int]] | None:
-    """Return (tokens without end-of-text, UTF-8 bytes) of the validation documents, if any."""
-    if "val" not in data.manifest.splits:
-        return None
-    split = data.split("val")
-    if split.tokens == split.documents:  # end-of-text alone: nothing to score
-        return None
-    return split.documents_for_scoring(most)
-
-
-def make_batches(config: RunConfig, data: Prepared, plan: Plan, ranks: Ranks) -> GlobalBatches:
+def make_batches(config: RunConfig, data: Mixture, plan: Plan, ranks: Ranks) -> GlobalBatches:
     """Return this rank's share of every global batch."""
     return GlobalBatches(
-        data.split("train"),
+        *data.train(),
+        weights=data.weights,
         seq_len=config.data.seq_len,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
@@ -152,7 +162,7 @@ def make_batches(config: RunConfig, data: Prepared, plan: Plan, ranks: Ranks) ->
     )
 
 
-def make_model(config: RunConfig, data: Prepared, init_from: Path | None) -> LlmNormForCausalLM:
+def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmNormForCausalLM:
     """Build the model for this data, fresh or with the weights of the folder `init_from`.
 
     Raises:

@@ -230,7 +230,7 @@ class Trainer:
 
     def validate(self) -> Record:
         """Score the validation documents (of which there may be none) in the run's precision."""
-        documents = assembly.validation_documents(self.data, self.config.eval.max_documents)
+        documents = self.data.validation_documents(self.config.eval.max_documents)
         if documents is None:
             return {}
         with self.precision.autocast():
