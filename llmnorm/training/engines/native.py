@@ -27,9 +27,9 @@ from llmnorm.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-_GROUPS = "param_groups"
+GROUPS = "param_groups"
 """Pseudo-parameter under which the numbers of the optimizer's groups are saved."""
-_NUMBER = ":number"
+NUMBER = ":number"
 """Ending of a slot that is a Python number, saved as a 0-d tensor."""
 
 
@@ -158,7 +158,7 @@ class NativeEngine(ABC):
                         )
                     yield Owned(name=name, slot=slot, tensor=value, split=like)
                 elif isinstance(value, int | float):
-                    yield _number(name, slot, value)
+                    yield number(name, slot, value)
                 elif value is not None:
                     raise ConfigError(
                         f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state "
@@ -169,7 +169,7 @@ class NativeEngine(ABC):
         for index, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
                 if isinstance(value, int | float) and key != "lr":
-                    yield _number(f"{_GROUPS}.{index}", key, value)
+                    yield number(f"{GROUPS}.{index}", key, value)
 
     def load_pieces(self, folder: Path) -> None:
         """Copy the weights into place and hand the optimizer its state."""
@@ -196,8 +196,8 @@ class NativeEngine(ABC):
         loaded["state"] = {}
         for key in reader.names():
             name, slot = key.rsplit(".", 1)
-            if name.startswith(f"{_GROUPS}."):
-                target = loaded["param_groups"][int(name.removeprefix(f"{_GROUPS}."))]
+            if name.startswith(f"{GROUPS}."):
+                target = loaded["param_groups"][int(name.removeprefix(f"{GROUPS}."))]
             else:
                 target = loaded["state"].setdefault(index_of[name], {})
             parameter = self.parameters.get(name)
@@ -205,7 +205,7 @@ class NativeEngine(ABC):
                 value = _like(parameter, reader, key)
             else:
                 value = reader.tensor(key, torch.Size())
-            target[slot.removesuffix(_NUMBER)] = value.item() if slot.endswith(_NUMBER) else value
+            target[slot.removesuffix(NUMBER)] = value.item() if slot.endswith(NUMBER) else value
         self.optimizer.load_state_dict(loaded)
 
 
@@ -241,7 +241,8 @@ def _like(parameter: Tensor, reader: PieceReader, key: str) -> Tensor:
     )
 
 
-def _number(name: str, slot: str, value: float) -> Owned:
+def number(name: str, slot: str, value: float) -> Owned:
+    """Return a Python number as a 0-d tensor that one rank writes."""
     dtype = {bool: torch.bool, int: torch.int64}.get(type(value), torch.float64)
     tensor = torch.tensor(value, dtype=dtype)
-    return Owned(name=name, slot=f"{slot}{_NUMBER}", tensor=tensor, split=False)
+    return Owned(name=name, slot=f"{slot}{NUMBER}", tensor=tensor, split=False)

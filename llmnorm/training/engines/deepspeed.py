@@ -1,0 +1,308 @@
+"""DeepSpeed's ZeRO, stages 1 to 3: moments, gradients and weights live in shards.
+
+`deepspeed.initialize` is called directly: accelerate's way around it falls back to other engines
+without a word (on the CPU, or with `use_cpu`). Which settings are taken is `deepspeed_config.py`,
+where tensors lie `deepspeed_shards.py`, which optimizers fit `deepspeed_optimizer.py`.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
+from llmnorm.processes import leave_process_group
+from llmnorm.training.constraints import Constraints
+from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
+from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
+from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
+from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_shards
+from llmnorm.training.engines.native import GROUPS, NUMBER, number
+from llmnorm.training.engines.plain import PATIENCE, check_world
+from llmnorm.training.objective import Objective
+from llmnorm.training.pieces import Owned, Piece, PieceReader, share
+from llmnorm.training.precision import Precision
+from llmnorm.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+class DeepSpeedEngine:
+    """Steps shards; DeepSpeed averages gradients, clips them, and gathers weights.
+
+    Args:
+        cpu: run on the CPU, over gloo.
+
+    Raises:
+        ConfigError: for DeepSpeed settings that contradict the run file or are not supported.
+        EnvironmentProblem: if DeepSpeed is not installed, or the processes are not those that the
+            launcher started.
+    """
+
+    def __init__(self, *, cpu: bool) -> None:
+        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+            raise EnvironmentProblem(
+                "the launcher asked for DeepSpeed and use_cpu at once, with which accelerate runs "
+                "DDP; set use_cpu: false (without a GPU DeepSpeed runs on the CPU by itself)"
+            )
+        self.settings, self.promises = read_settings(os.environ)
+        self.stage: int = self.settings["zero_optimization"]["stage"]
+        self.name = f"zero{self.stage}"
+        self.deepspeed = _import(cpu=cpu)
+        self.ranks = _open_group(cpu=cpu)
+        check_world(self.ranks.world)
+        self.wrapped: Any = None
+
+    def prepare(
+        self, objective: Objective, make_optimizer: MakeOptimizer, precision: Precision
+    ) -> None:
+        """Shard the model and the optimizer made for it.
+
+        Raises:
+            EnvironmentProblem: if the model has rules for whole weights, or DeepSpeed did not do
+                what it was asked for.
+        """
+        self.model = objective.model
+        _refuse_rules(self.model)
+        self.parameters: dict[str, Any] = dict(self.model.named_parameters())
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        optimizer = for_shards(make_optimizer(self.model))
+        settings = fill_settings(
+            self.settings,
+            self.promises.source,
+            precision,
+            world=self.ranks.world,
+            hidden_size=self.model.config.hidden_size,
+        )
+        self.wrapped = self.deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=settings
+        )[0]
+        self.zero = self.wrapped.optimizer
+        self._check()
+        self.shards = find_shards(self.zero, names)
+        self.optimizer: Any = self.zero.optimizer
+        if isinstance(self.optimizer, ShardedMuon):
+            self.optimizer.attach(self.shards)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        logger.info(
+            "%d processes, %s, ZeRO-%d", self.ranks.world, type(self.wrapped).__name__, self.stage
+        )
+
+    def _check(self) -> None:
+        """Compare what runs with what was asked for."""
+        zero = type(self.zero).__name__
+        expected = "DeepSpeedZeroOptimizer" + ("_Stage3" if self.stage == 3 else "")
+        stage, world = self.wrapped.zero_optimization_stage(), self.wrapped.dp_world_size
+        if (zero, stage, world) != (expected, self.stage, self.ranks.world):
+            raise EnvironmentProblem(
+                f"DeepSpeed runs {zero} at stage {stage} on {world} processes; expected {expected} "
+                f"at stage {self.stage} on {self.ranks.world}: simplify its settings"
+            )
+
+    def backward(self, micro_batches: list[MicroBatch], count: float) -> Tensor:
+        """Accumulate over the micro-batches; shards of gradients travel as the stage wants.
+
+        DeepSpeed averages over ranks, so the loss is multiplied by their number first.
+        """
+        device, world = self.ranks.device, self.ranks.world
+        rows = len(micro_batches[0]["input_ids"])
+        batch_sizes = {
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": len(micro_batches),
+        }
+        self.promises.check(batch_sizes)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number_, batch in enumerate(micro_batches, start=1):
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            self.wrapped.set_gradient_accumulation_boundary(number_ == len(micro_batches))
+            loss_sum, _ = self.wrapped(**batch)
+            self.wrapped.backward(loss_sum * (world / max(count, 1.0)), scale_wrt_gas=False)
+            total += loss_sum.detach()
+        return total
+
+    def clip_and_step(
+        self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float, step: int
+    ) -> StepResult:
+        """Agree on the loss, then let DeepSpeed clip and step, or leave all untouched.
+
+        DeepSpeed skips a step whose gradient norm is not finite; so one whose loss is not gets a
+        gradient that is not.
+        """
+        self.promises.check({"gradient_clipping": max_norm})
+        (total,) = self.ranks.sums(loss_sum.item())
+        loss = total / count if count else math.nan
+        if not math.isfinite(loss) and self.ranks.is_main:
+            first = next(iter(self.zero.averaged_gradients.values()))[0]
+            first[(0,) * first.ndim] = math.nan
+        self.zero.clip_grad = max_norm
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self.wrapped.step()
+        norm = float(self.wrapped.get_global_grad_norm())
+        return StepResult(loss=loss, grad_norm=norm, applied=self.wrapped.was_step_applied())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the ranges of weights and moments that this rank owns, padding left out."""
+        for shard in self.shards:
+            for part in shard.parts:
+                yield from _piece(part, "", shard.flat)
+        for shard in self.shards:
+            for slot, value in self.optimizer.state.get(shard.flat, {}).items():
+                for part in shard.parts:
+                    yield from self._slot(shard, part, slot, value)
+        yield from share(self._numbers(), self.ranks.rank, self.ranks.world)
+
+    def _slot(self, shard: Shard, part: Part, slot: str, value: Any) -> Iterator[Piece]:
+        """Yield a part of what the optimizer keeps; the rank of the first element has numbers."""
+        if isinstance(value, Tensor) and value.shape == shard.flat.shape:
+            yield from _piece(part, slot, value)
+        elif part.start or not part.numel:
+            return
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            yield Piece(name=part.name, slot=slot, start=0, tensor=value.detach(), whole=True)
+        elif isinstance(value, int | float):
+            owned = number(part.name, slot, value)
+            yield Piece(name=owned.name, slot=owned.slot, start=0, tensor=owned.tensor, whole=True)
+        elif value is not None:
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state {slot!r} "
+                "that is not one value an element; under ZeRO use another optimizer, or ddp.yaml"
+            )
+
+    def _numbers(self) -> Iterator[Owned]:
+        for index, group in enumerate(self.optimizer.param_groups):
+            for key, value in group.items():
+                if isinstance(value, int | float) and key != "lr":
+                    yield number(f"{GROUPS}.{index}", key, value)
+
+    def load_pieces(self, folder: Path) -> None:
+        """Fill this rank's shards from the ranges it needs, then the copies that forwards use."""
+        weights = PieceReader(folder, "model")
+        if set(weights.names()) != set(self.parameters):
+            differing = sorted(set(weights.names()) ^ set(self.parameters))
+            raise CheckpointError(f"{folder} holds other parameters: {', '.join(differing[:3])}")
+        with torch.no_grad():
+            for shard in self.shards:
+                for part in shard.parts:
+                    part.of(shard.flat).copy_(
+                        weights.flat(part.name, part.start, part.start + part.numel)
+                    )
+            self._load_optimizer(PieceReader(folder, "optimizer"))
+        self._refresh()
+
+    def _load_optimizer(self, reader: PieceReader) -> None:
+        """Make the state as the optimizer itself would have, and fill it."""
+        slots: dict[str, list[str]] = {}
+        for key in reader.names():
+            name, slot = key.rsplit(".", 1)
+            slots.setdefault(name, []).append(slot)
+        for index, group in enumerate(self.optimizer.param_groups):
+            for slot in slots.get(f"{GROUPS}.{index}", []):
+                group[slot.removesuffix(NUMBER)] = reader.tensor(
+                    f"{GROUPS}.{index}.{slot}", torch.Size()
+                ).item()
+        for shard in self.shards:
+            group = self.optimizer.param_groups[shard.group]
+            on_device = group.get("fused") or group.get("capturable")
+            state = self.optimizer.state[shard.flat]
+            for slot in slots.get(shard.parts[0].name, []):
+                key = f"{shard.parts[0].name}.{slot}"
+                if reader.whole_shape(key) == torch.Size():
+                    value = reader.tensor(key, torch.Size())
+                    place = shard.flat.device if on_device else value.device
+                    number_ = slot.endswith(NUMBER)
+                    state[slot.removesuffix(NUMBER)] = value.item() if number_ else value.to(place)
+                    continue
+                state[slot] = torch.zeros_like(shard.flat)
+                for part in shard.parts:
+                    part.of(state[slot]).copy_(
+                        reader.flat(f"{part.name}.{slot}", part.start, part.start + part.numel)
+                    )
+
+    def _refresh(self) -> None:
+        """Make the weights that forwards use those of the shards."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for index in range(len(self.shards)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(index)
+        if persistent := self.zero.persistent_parameters:
+            persistent[0].all_gather(persistent)
+
+    def finish(self, folder: Path | None) -> None:
+        """Gather one tensor after the other into rank 0's memory, write, leave the group."""
+        if folder is not None:
+            gathered: dict[str, Tensor] = {}
+            for name, parameter in self.parameters.items():
+                complete = self.deepspeed.utils.safe_get_full_fp32_param(parameter)
+                if self.ranks.is_main:
+                    gathered[name] = complete.detach().cpu().clone()
+                del complete
+            if self.ranks.is_main:
+                transformers_logging.disable_progress_bar()
+                self.model.save_pretrained(folder, state_dict=gathered)
+        if self.wrapped is not None:
+            self.wrapped.destroy()
+            self.wrapped = self.zero = None
+        leave_process_group()
+
+
+def _import(*, cpu: bool) -> Any:
+    """Import DeepSpeed; on the CPU without the extension that it would compile for minutes."""
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"the launcher asked for DeepSpeed, which cannot be imported ({error}); "
+            "pip install 'llmnorm[deepspeed]', or use another file of configs/accelerate/"
+        ) from error
+    if cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.13 renames them
+        warnings.filterwarnings("ignore", f".*{name}. is deprecated", FutureWarning)
+    return deepspeed
+
+
+def _open_group(*, cpu: bool) -> Ranks:
+    """Open torch's process group, which DeepSpeed then takes over."""
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cpu") if cpu else torch.device("cuda", local)
+    if not cpu:
+        torch.cuda.set_device(device)
+    backend = "gloo" if cpu else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:  # one process without a launcher
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _refuse_rules(model: Any) -> None:
+    """Refuse models whose weights or modules must be whole around a step."""
+    constraints = Constraints(model)
+    kind = constraints.spec.kind
+    if kind in ("unit", "project", "lawn") or constraints.moving:
+        what = f"weights {kind!r}" if not constraints.moving else "norm tapernorm"
+        raise EnvironmentProblem(
+            f"{what} needs whole weights around each step, which ZeRO cuts into flat ranges; use "
+            "configs/accelerate/ddp.yaml or fsdp2.yaml"
+        )
+
+
+def _piece(part: Part, slot: str, flat: Tensor) -> Iterator[Piece]:
+    if part.numel:
+        values, whole = part.of(flat).detach(), part.numel == part.shape.numel()
+        if whole:
+            values = values.reshape(part.shape)
+        yield Piece(name=part.name, slot=slot, start=part.start, tensor=values, whole=whole)
