@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -58,7 +59,13 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
 
     A head that shares the embedding's matrix is counted once.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(elements(parameter) for parameter in model.parameters())
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    ends = {id(p): p.numel() for module in modules for p in module.parameters()}
+    ends = {id(p): elements(p) for module in modules for p in module.parameters()}
     return {"total": total, "non_embedding": total - sum(ends.values())}
+
+
+def elements(parameter: Any) -> int:
+    """Return the size of a parameter, also of one that ZeRO-3 has emptied."""
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    return size

@@ -171,9 +171,10 @@ def _check_parameters(model: Any) -> None:
         raise SelfTestError(f"{name} {state}; the config promises otherwise")
     dtypes: dict[torch.dtype, str] = {}
     for name, parameter in found.items():
-        if parameter.shape != promised[name].shape:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter
+        if shape != promised[name].shape:
             raise SelfTestError(
-                f"{name} has shape {tuple(parameter.shape)}; "
+                f"{name} has shape {tuple(shape)}; "
                 f"the config promises {tuple(promised[name].shape)}"
             )
         if parameter.is_meta:
@@ -222,6 +223,11 @@ def _check_lengths(name: str, parameter: torch.Tensor, lengths: torch.Tensor) ->
 
 def _whole(parameter: Any) -> torch.Tensor:
     """A parameter's values, gathered if it is sharded, so that all ranks agree."""
+    if hasattr(parameter, "ds_shape"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach()
 
@@ -238,7 +244,7 @@ def _check_equal(name: str, parameter: Any, promised: torch.Tensor) -> None:
 
 def _std(parameter: Any) -> tuple[float, int]:
     """Standard deviation and element count of a parameter; sums are reduced over its shards."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = parameter.to_local() if isinstance(parameter, DTensor) else _whole(parameter)
     values = local.detach().double()
     sums = torch.stack(
         [values.sum(), values.square().sum(), values.new_tensor(float(values.numel()))]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmnorm.environment import device_name, git_commit, parameter_counts, versions
+from llmnorm.environment import device_name, elements, git_commit, parameter_counts, versions
 from llmnorm.training.ranks import Ranks
 
 
@@ -20,7 +20,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     Source: Chowdhery et al., "PaLM", appendix B, arXiv:2204.02311.
     """
     config = model.config
-    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
+    head = sum(elements(parameter) for parameter in model.get_output_embeddings().parameters())
     passed = parameter_counts(model)["non_embedding"] + head
     attention = 12 * config.num_hidden_layers * config.hidden_size * seq_len
     return 6.0 * passed + attention
