@@ -37,7 +37,7 @@ def passing(trial: Trial) -> None:
 
 def failing(trial: Trial) -> None:
     (trial.folder / "kept").touch()
-    raise AssertionError("seven is not\neight")
+    raise AssertionError("seven is not eight\nat all")
 
 
 def leaving(trial: Trial) -> None:

@@ -55,6 +55,7 @@ def main() -> int:
         if name:
             code = replay(bars[0], int(index), args.seed, work)
         else:
+            bars = [bar for bar in bars if bar.ci or args.tier == "nightly"]
             code = Run(args.tier, args.seed, work, args.jobs).go(bars)
     except KeyboardInterrupt:
         say("interrupted; a nightly run that is started again goes on where it was")

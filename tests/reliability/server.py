@@ -126,14 +126,22 @@ def _live(bar: Bar, trial: Trial, write: int, log: Path | None) -> NoReturn:
             answer = {"verdict": "skipped", "detail": str(reason)}
         except BaseException as error:
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".rstrip(": ")
-            answer = {"verdict": "failed", "detail": " ".join(text.split())[:400]}
+            answer = {"verdict": "failed", "detail": describe(error)}
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     finally:
         notes = [note[:200] for note in trial.notes[:20]]
         say(write, json.dumps({**answer, "notes": notes}).encode()[:_ANSWER_BYTES])
         leave(0)
+
+
+def describe(error: BaseException) -> str:
+    """Return type and first line of an error, and where in these files it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).parent.name == "reliability"]
+    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    first = str(error).partition("\n")[0][:300]
+    return f"{type(error).__name__}{place}" + (f": {first}" if first else "")
 
 
 def _redirect(log: Path | None) -> None:
