@@ -136,10 +136,10 @@ def _live(bar: Bar, trial: Trial, write: int, log: Path | None) -> NoReturn:
 
 
 def describe(error: BaseException) -> str:
-    """Return type and first line of an error, and where in these files it arose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).parent.name == "reliability"]
-    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    """Return type and first line of an error, and the line of an area's file it came from."""
+    frames = [(Path(f.filename).name, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    areas = [f" at {name}:{line}" for name, line in frames if name.startswith("area_")]
+    place = areas[-1] if areas else ""
     first = str(error).partition("\n")[0][:300]
     return f"{type(error).__name__}{place}" + (f": {first}" if first else "")
 
