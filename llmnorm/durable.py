@@ -8,11 +8,15 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fcntl import LOCK_EX, LOCK_NB
+from io import FileIO
 from pathlib import Path
+from typing import TypedDict
 
 logger = logging.getLogger(__name__)
+
+_CHUNK = 2**24  # bytes written, then hashed, at a time
 
 
 def sync(path: Path) -> None:
@@ -33,6 +37,42 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(handle.fileno())
     os.replace(hidden, path)
     sync(path.parent)
+
+
+class FileFacts(TypedDict):
+    """What a manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> FileFacts:
+    """Write a new file, force it to the disk, and return the size and hash of what was given.
+
+    Other threads run meanwhile: neither writing nor hashing holds Python's lock.
+
+    Raises:
+        OSError: naming the file, when the disk refuses.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(path, "xb", buffering=0) as handle:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), _CHUNK):
+                    _write_all(handle, chunk := view[start : start + _CHUNK])
+                    digest.update(chunk)
+                size += len(view)
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _write_all(handle: FileIO, view: memoryview) -> None:
+    """Write all of it; the system may take a part at a time."""
+    while view:
+        view = view[handle.write(view) :]
 
 
 def sha256_of(path: Path) -> str:

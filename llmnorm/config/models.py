@@ -273,6 +273,9 @@ class CheckpointSection(Section):
     resume: str = Field(
         "auto", description="auto continues the run in output.dir, never refuses, or a PATH"
     )
+    overlap: bool = Field(
+        True, description="train on while a checkpoint is written, from a copy in CPU memory"
+    )
 
     @field_validator("resume")
     @classmethod

@@ -2,7 +2,7 @@
 
 One story: open the run directory, build data and model, resume, step, validate, save, finish.
 What moves numbers is elsewhere and small: `objective.py` (the loss), `engines/` (gradients and the
-step), `optimizer.py`, `schedule.py`. Where a run can be lost: `checkpoint.py`, `directory.py`.
+step), `optimizer.py`, `schedule.py`. Where a run can be lost: `saving.py`, `directory.py`.
 """
 
 import logging
@@ -17,15 +17,17 @@ from llmnorm.config import RunConfig
 from llmnorm.errors import LlmNormError
 from llmnorm.evaluation.perplexity import score_documents
 from llmnorm.training import assembly, environment
-from llmnorm.training.checkpoint import Checkpoints, read_rng, read_state
+from llmnorm.training.checkpoint import Checkpoints, read_rng
 from llmnorm.training.compiling import compile_blocks, decide_compile
 from llmnorm.training.directory import RunDirectory, remember_start, tracker_config
 from llmnorm.training.engines import Engine, MicroBatch, StepResult, choose_engine
+from llmnorm.training.manifest import read_state
 from llmnorm.training.metrics import Display, MetricsFile, Pace, Record, Reporter, open_trackers
 from llmnorm.training.objective import IGNORED, Objective
 from llmnorm.training.optimizer import describe_groups, make_optimizer
 from llmnorm.training.precision import Precision, decide_precision, peak_flops
 from llmnorm.training.rng import prefer_determinism, seed_generators
+from llmnorm.training.saving import Saver
 from llmnorm.training.signals import STOPPED_BY_SIGNAL, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ class Trainer:
             self.check_soundness(result)
             every = 0 if self.bad_in_a_row else self.config.checkpoint.interval_steps
             if stopping or self.is_due(every):  # a bad step displaces no earlier checkpoint
-                self.save()
+                self.save(last=stopping or self.step == self.plan.steps)
             if stopping and self.step < self.plan.steps:
                 self.engine.finish(None)
                 return STOPPED_BY_SIGNAL, self.stop.describe()
@@ -152,9 +154,10 @@ class Trainer:
         """Return the checkpoint to continue from: the run's newest, or the one asked for."""
         facts = {"config": self.config.fingerprint(), "data": self.data.fingerprint}
         facts["engine"] = self.engine.name
-        root, keep = self.directory.checkpoints, self.config.checkpoint.keep
-        self.checkpoints = Checkpoints(root, self.ranks, keep=keep, facts=facts)
-        asked = self.config.checkpoint.resume
+        self.checkpoints = Checkpoints(self.directory.checkpoints, self.ranks, facts=facts)
+        section = self.config.checkpoint
+        self.saver = Saver(self.checkpoints, keep=section.keep, overlap=section.overlap)
+        asked = section.resume
         return self.checkpoints.choose(None if asked in ("auto", "never") else Path(asked))
 
     def describe(self) -> dict[str, Any]:
@@ -199,7 +202,9 @@ class Trainer:
     def take_step(self, micro_batches: list[MicroBatch]) -> tuple[StepResult, bool]:
         """Do one optimizer step; return its outcome and whether some rank was told to stop."""
         own = sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)
-        count, stopping = self.ranks.sums(own, float(self.stop.requested))
+        count, stopping, saving = self.ranks.sums(own, self.stop.requested, self.saver.busy)
+        if not saving:
+            self.saver.advance()
         loss_sum = self.engine.backward(micro_batches, count)
         factor, max_norm = self.plan.schedule(self.step), self.config.training.clip_norm
         result = self.engine.clip_and_step(
@@ -260,13 +265,14 @@ class Trainer:
         if self.bad_in_a_row >= MOST_BAD_STEPS:
             last = next(iter(self.checkpoints.folders()), "none")
             raise Diverged(
+            self.saver.wait()
                 f"loss or gradient was not finite for {MOST_BAD_STEPS} steps in a row up to step "
                 f"{self.step}; last checkpoint: {last}; start again with a lower optimizer.lr in "
                 "another output.dir"
             )
 
-    def save(self) -> None:
-        """Write a checkpoint of the completed steps, metrics first."""
+    def save(self, *, last: bool) -> None:
+        """Write a checkpoint of the completed steps, metrics first; `last`: nothing follows."""
         if self.reporter is not None:
             self.reporter.file.sync()
         state = {
@@ -276,7 +282,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row,
             "precision": self.precision.name,
         }
-        self.checkpoints.save(self.step, self.engine.pieces(), state)
+        self.saver.save(self.step, self.engine.pieces(), state, last=last)
 
     def finish(self) -> None:
         """Write the Hugging Face folder `final/`: model and tokenizer."""
@@ -294,4 +300,6 @@ class Trainer:
         """Close files; let other runs into the directory."""
         if self.reporter is not None:
             self.reporter.close()
+        if hasattr(self, "saver"):
+            self.saver.close()
         self.directory.close()

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llmnorm.durable import FileFacts
 from llmnorm.errors import CheckpointError
 from llmnorm.safe_files import check_safetensors
+from llmnorm.training.shards import write_tensors
 
 _PARTIAL = re.compile(r"^(.*)@(\d+)$")
 
@@ -85,9 +86,9 @@ def share(tensors: Iterable[Owned], rank: int, world: int) -> Iterator[Piece]:
             yield Piece(name=owned.name, slot=owned.slot, start=start, tensor=part, whole=False)
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Write pieces into one safetensors file."""
-    save_file({piece.key: piece.tensor.cpu().contiguous() for piece in pieces}, path)
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileFacts:
+    """Write pieces into one new safetensors file; return its size and hash."""
+    return write_tensors(path, {piece.key: piece.tensor for piece in pieces})
 
 
 class PieceReader:
