@@ -263,9 +263,9 @@ class Trainer:
             *(self.step, result.loss, result.grad_norm),
         )
         if self.bad_in_a_row >= MOST_BAD_STEPS:
+            self.saver.wait()
             last = next(iter(self.checkpoints.folders()), "none")
             raise Diverged(
-            self.saver.wait()
                 f"loss or gradient was not finite for {MOST_BAD_STEPS} steps in a row up to step "
                 f"{self.step}; last checkpoint: {last}; start again with a lower optimizer.lr in "
                 "another output.dir"
@@ -298,8 +298,8 @@ class Trainer:
 
     def close(self) -> None:
         """Close files; let other runs into the directory."""
-        if self.reporter is not None:
-            self.reporter.close()
         if hasattr(self, "saver"):
             self.saver.close()
+        if self.reporter is not None:
+            self.reporter.close()
         self.directory.close()
