@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
@@ -62,11 +62,7 @@ class FSDP2Engine(NativeEngine):
             EnvironmentProblem: if a parameter was left whole.
         """
         world, device = self.ranks.world, self.ranks.device
-        mesh = init_device_mesh(device.type, (world,))
-        trunk: Any = objective.model.base_model
-        for layer in trunk.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self._reshard)
-        fully_shard(objective, mesh=mesh)
+        shard_blocks(objective, init_device_mesh(device.type, (world,)), reshard=self._reshard)
         objective.to(device)
         left = [name for name, p in objective.named_parameters() if not isinstance(p, DTensor)]
         if left or not isinstance(objective, FSDPModule):
@@ -74,7 +70,6 @@ class FSDP2Engine(NativeEngine):
                 f"FSDP2 left {', '.join(left[:3]) or 'the objective'} unsharded on {world} "
                 "processes; expected every parameter in shards: report this"
             )
-        _open_for_direct_calls(objective)
         return objective
 
     def exchanging(self, last: bool) -> AbstractContextManager[object]:
@@ -95,6 +90,15 @@ class FSDP2Engine(NativeEngine):
                 self.model.save_pretrained(folder, state_dict=gathered)
         self.wrapped = None
         leave_process_group()
+
+
+def shard_blocks(objective: Objective, mesh: DeviceMesh, *, reshard: bool) -> None:
+    """Shard each block, then the rest, in place; `reshard`: blocks again after forward."""
+    trunk: Any = objective.model.base_model
+    for layer in trunk.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(objective, mesh=mesh)
+    _open_for_direct_calls(objective)
 
 
 def _read_settings(environment: Mapping[str, str]) -> bool:
