@@ -273,8 +273,7 @@ class Trainer:
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of the completed steps, metrics first; `last`: nothing follows."""
-        if self.reporter is not None:
-            self.reporter.file.sync()
+        first = (lambda: None) if self.reporter is None else self.reporter.file.sync
         state = {
             "step": self.step,
             "tokens": self.step * self.plan.tokens_per_step,
@@ -282,7 +281,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row,
             "precision": self.precision.name,
         }
-        self.saver.save(self.step, self.engine.pieces(), state, last=last)
+        self.saver.save(self.step, self.engine.pieces(), state, first=first, last=last)
 
     def finish(self) -> None:
         """Write the Hugging Face folder `final/`: model and tokenizer."""

@@ -56,22 +56,37 @@ class MetricsFile:
             if cut:
                 logger.info("%d records after step %d cut, to be written again", cut, completed)
             write_durably(path, "".join(kept))
-        self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._handle = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._waiting = b""  # what the disk refused so far
 
     def write(self, record: Record) -> None:
-        """Append one record and hand it to the system."""
+        """Append one record and hand it to the system; what a full disk refuses waits for room."""
         line = json.dumps({key: _strict(value) for key, value in record.items()}, allow_nan=False)
-        self._handle.write(line + "\n")
-        self._handle.flush()
+        refused, self._waiting = bool(self._waiting), self._waiting + f"{line}\n".encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if not refused:
+                logger.warning("%s cannot be written (%s): lines wait", self._handle.name, error)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._handle.write(self._waiting) :]
 
     def sync(self) -> None:
-        """Force what was written to the disk (before a checkpoint promises these steps)."""
+        """Force all lines to the disk (before a checkpoint promises these steps).
+
+        Raises:
+            OSError: if the disk refuses.
+        """
+        self._flush()
         os.fsync(self._handle.fileno())
 
     def close(self) -> None:
-        """Close; what the disk refused has been told when it was written."""
+        """Close; what the disk refuses now was told before."""
         with suppress(OSError):
-            self._handle.close()
+            self._flush()
+        self._handle.close()
 
 
 def _records(path: Path) -> Iterable[tuple[str, int]]:

@@ -95,7 +95,13 @@ class Saver:
         return self._under_way is not None and self._under_way.busy
 
     def save(
-        self, step: int, pieces: Iterable[Piece], state: dict[str, Any], *, last: bool = False
+        self,
+        step: int,
+        pieces: Iterable[Piece],
+        state: dict[str, Any],
+        *,
+        first: Callable[[], object] = lambda: None,
+        last: bool = False,
     ) -> None:
         """Begin the checkpoint of `step` completed steps, after the one under way.
 
@@ -103,6 +109,7 @@ class Saver:
             step: completed steps.
             pieces: what this rank owns of weights and optimizer.
             state: the loop's counters, JSON.
+            first: what rank 0 must have on the disk before, such as the metrics of these steps.
             last: nothing follows: wait for it, and fail when it fails.
 
         Raises:
@@ -116,6 +123,7 @@ class Saver:
             [_copy(piece) if overlap else piece for piece in pieces],
             rng_tensors(),
             json.dumps(state, indent=1, sort_keys=True),
+            first,
             last,
         )
         self.advance()
@@ -146,13 +154,19 @@ class Saver:
                 self.wait()
 
     def _tell(
-        self, step: int, pieces: list[Piece], rng: dict[str, Tensor], state: str, last: bool
+        self,
+        step: int,
+        pieces: list[Piece],
+        rng: dict[str, Tensor],
+        state: str,
+        first: Callable[[], object],
+        last: bool,
     ) -> Iterator[Background]:
         """The story of a save, from an empty hidden folder to the checkpoint's name."""
         ranks, name = self.ranks, f"step_{step:08d}"
         folder, hidden = self.root / name, self.root / f".{name}.writing"
         (need,) = ranks.sums(sum(piece.tensor.nbytes for piece in pieces))
-        opening = partial(self._open, folder, hidden, int(need))
+        opening = partial(self._open, folder, hidden, int(need), first)
         outcome = ranks.broadcast(told(opening) if ranks.is_main else None)
         if outcome.get("value") == "there":
             return
@@ -167,9 +181,10 @@ class Saver:
             outcome = ranks.broadcast(publishing.result())
         ranks.on_main(partial(self._judge, folder, outcome.get("error"), last))
 
-    def _open(self, folder: Path, hidden: Path, need: int) -> str:
+    def _open(self, folder: Path, hidden: Path, need: int, first: Callable[[], object]) -> str:
         """Make an empty hidden folder, after clearing what an earlier, killed save left."""
         self.root.mkdir(parents=True, exist_ok=True)
+        first()
         if folder.exists() and self._is_sound(folder):
             return "there"  # a start that took no step
         for left in self.root.glob(".step_*"):

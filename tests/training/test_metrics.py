@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,28 @@ def test_floats_read_back_equal_and_nan_is_null(tmp_path: Path) -> None:
     read = json.loads((tmp_path / "m.jsonl").read_text())
     assert {key: read[key] for key in RECORD} == RECORD
     assert read["val/loss"] is None
+
+
+def test_lines_that_a_full_disk_refuses_wait_for_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m.jsonl"
+    file, real = MetricsFile(path, completed=0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, real[1]))
+    try:
+        for step in range(20):
+            file.write({"step": step})
+        with pytest.raises(OSError, match="File too large"):
+            file.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, real)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(path.read_bytes()) == 100
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    file.sync()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*range(20)]
+    file.close()
 
 
 def test_records_beyond_the_checkpoint_and_broken_lines_are_cut(tmp_path: Path) -> None:

@@ -190,6 +190,19 @@ def test_the_last_save_must_not_fail(
 
 
 @pytest.mark.fast
+def test_metrics_that_cannot_be_written_are_a_failed_save(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sync() -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    saver = Saver(checkpoints, keep=2, overlap=True)
+    saver.save(1, pieces_of(1), {"step": 1}, first=sync)
+    assert "No space left on device: 'metrics.jsonl'" in caplog.text
+    assert list(checkpoints.root.iterdir()) == []
+
+
+@pytest.mark.fast
 def test_room_is_looked_for_before_anything_is_written(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:

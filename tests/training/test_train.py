@@ -321,14 +321,13 @@ def test_continuing_needs_no_weights_to_start_from(
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("llmnorm.training.metrics.MetricsFile.write", OSError(28, "No space left on device")),
         ("llmnorm.training.loop.remember_start", OSError(30, "Read-only file system")),
         (
             "llmnorm.training.engines.plain.PlainEngine.finish",
             SafetensorError("I/O error: No space left on device (os error 28)"),
         ),
     ],
-    ids=["metrics", "environment", "final"],
+    ids=["environment", "final"],
 )
 def test_a_full_disk_is_one_line(
     where: str, error: Exception, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
