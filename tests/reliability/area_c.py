@@ -1,12 +1,19 @@
 """C: a run continues on any number of processes and on any engine, without a conversion step."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from reliability.engines import ENGINES, finished, import_engines
 from reliability.harness import Trial, bar
 from reliability.runs import words
-from training.conftest import metrics
+from training.conftest import make_documents, metrics
+
+from llmnorm.config import load_run_config
+from llmnorm.data import PrepareOptions, prepare
+from llmnorm.data.sources import Text
+from llmnorm.errors import LlmNormError
+from llmnorm.training.loop import train
 
 STEPS, CUT = 20, 8
 WORLDS = (1, 2, 4)
@@ -101,3 +108,72 @@ def undivided(trial: Trial) -> None:
     uneven["training__micro_batch_size"] = min(1 + trial.index % 3, -(-5 // world))
     finished(engine, world, run_words(split, **uneven), trial.folder / "logs")
     assert same_losses(split, alone, 1) <= LOSS_TOLERANCE
+
+
+CHANGED: list[tuple[str, Any, str]] = [
+    ("training__seed", 5, "training.seed"),
+    ("model__norm", "derf", "model.norm"),
+    ("model__placement", "post_ln", "model.placement"),
+    ("model__placement", {"name": "mix_ln", "post_fraction": 0.5}, "model.placement"),
+    ("model__overrides", {"num_hidden_layers": 3, "hidden_size": 32}, "num_hidden_layers"),
+    ("model__preset", "9m", "model.preset"),
+    ("optimizer__lr", 0.02, "optimizer.lr"),
+    ("optimizer__betas", [0.9, 0.999], "optimizer.betas"),
+    ("optimizer__weight_decay", 0.2, "optimizer.weight_decay"),
+    ("optimizer__name", "muon", "optimizer.name"),
+    ("schedule__warmup_steps", 3, "schedule.warmup_steps"),
+    ("training__max_steps", 30, "training.max_steps"),
+    ("training__global_batch_size", 8, "training.global_batch_size"),
+    ("training__clip_norm", 0.1, "training.clip_norm"),
+    ("data__seq_len", 16, "data.seq_len"),
+    ("data__document_mask", True, "data.document_mask"),
+    ("data", "other text", "data"),
+    ("data", "other tokenizer", "data"),
+    ("data", "other split", "data"),
+    ("training__precision", "bf16", "training.precision"),
+]
+
+
+def _stopped(folder: Path) -> Path:
+    """A run that began: its checkpoints stand, its model does not."""
+    run = folder / "stopped"
+    finished("plain", 1, run_words(run), folder / "logs")
+    shutil.rmtree(run / "final")
+    return run
+
+
+def _other_data(trial: Trial, what: str) -> str:
+    folder = trial.folder / "data"
+    folder.mkdir()
+    text = folder / "corpus.txt"
+    text.write_text(make_documents(400, seed=8 if what == "other text" else 7), encoding="utf-8")
+    options = PrepareOptions(
+        vocab_size=290 if what == "other tokenizer" else 300,
+        val_fraction=0.10 if what == "other split" else 0.05,
+        shard_tokens=5000,
+    )
+    return str(prepare(Text(text, whole_files=False), folder / "prepared", options).path)
+
+
+@bar(
+    "C5",
+    "data, tokenizer, model, seed or recipe changed: refused by name",
+    total=len(CHANGED),
+    ci=len(CHANGED),
+    prepare=_stopped,
+)
+def changed(trial: Trial) -> None:
+    key, value, named = CHANGED[trial.index]
+    trial.note(named)
+    change = {"data__path": _other_data(trial, value)} if key == "data" else {key: value}
+    run = trial.folder / "run"
+    shutil.copytree(trial.shared, run)
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
+    said = ""
+    try:
+        train(load_run_config(None, run_words(run, **change)))
+    except LlmNormError as error:
+        said = str(error)
+    assert named in said, f"{named} changed; the run said {said!r}"
+    assert len(said.splitlines()) == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
