@@ -5,17 +5,20 @@ a document. Text is not there, so a document's bytes are those of its decoding.
 Files whose names say train and val (or valid, validation) keep that split.
 """
 
+import itertools
+import os
 import re
 import struct
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError
 from .files import files_identity
+from .reading import stamp_of
 from .sources import Document, FileSource
 from .tokenizer import check_ids
 
@@ -67,46 +70,84 @@ class TokenSource(FileSource):
 
     def read(self, file: Path, raw: BinaryIO) -> Iterator[Document]:
         split = self._splits[self.files.index(file)]
-        for data_file, first_byte, tokens in self.sequences(file):
-            for start, ids in self._documents(tokens, data_file, first_byte):
+        for stretch in self.sequences(file):
+            if _too_narrow(stretch.dtype, self.vocab_size):
+                raise DataError(
+                    f"{file} holds {stretch.dtype.name}, which cannot number the vocabulary of "
+                    f"{self.vocab_size}: larger ids were cut down, or the tokenizer is another"
+                )
+            for start, ids in self._documents(_Reader(file, raw, stretch)):
                 yield Document(ids, split)
-                raw.seek(first_byte + (start + len(ids)) * tokens.itemsize)  # progress
+                raw.seek(stretch.first_byte + (start + len(ids)) * stretch.dtype.itemsize)
 
     @abstractmethod
-    def sequences(self, file: Path) -> Iterator[tuple[Path, int, np.ndarray]]:
-        """Stretches of tokens that begin and end with a document.
+    def sequences(self, file: Path) -> Iterator["Stretch"]:
+        """The stretches of a file that begin and end with a document."""
 
-        Yields:
-            the file they lie in, their first byte there, and the ids (length,), memory-mapped.
-        """
-
-    def _documents(
-        self, tokens: np.ndarray, file: Path, first_byte: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        if not len(tokens):
+    def _documents(self, tokens: "_Reader") -> Iterator[tuple[int, np.ndarray]]:
+        """Number of the first token, and ids, of each document."""
+        count = tokens.stretch.length
+        if not count:
             yield 0, np.zeros(0, dtype=np.uint32)
         begin = 0
-        for chunk_start in range(0, len(tokens), _CHUNK):
-            chunk = tokens[chunk_start : chunk_start + _CHUNK]
-            byte = first_byte + chunk_start * tokens.itemsize
-            check_ids(chunk, self.vocab_size, f"{file} from byte {byte}")
+        for chunk_start in range(0, count, _CHUNK):
+            chunk = tokens.read(chunk_start, min(chunk_start + _CHUNK, count))
+            byte = tokens.byte(chunk_start)
+            check_ids(chunk, self.vocab_size, f"{tokens.file} from byte {byte}")
             for end in (np.flatnonzero(chunk == self.eos_token_id) + chunk_start).tolist():
-                yield begin, np.array(tokens[begin:end], dtype=np.uint32)
+                yield begin, tokens.read(begin, end).astype(np.uint32)
                 begin = end + 1
-        if begin < len(tokens):
-            yield begin, np.array(tokens[begin:], dtype=np.uint32)
+        if begin < count:
+            yield begin, tokens.read(begin, count).astype(np.uint32)
+
+
+class Stretch(NamedTuple):
+    """Consecutive token ids in a file."""
+
+    first_byte: int
+    dtype: np.dtype
+    length: int
+
+    def part(self, begin: int, end: int) -> "Stretch":
+        """Tokens ``begin .. end`` of it."""
+        return Stretch(
+            self.first_byte + begin * self.dtype.itemsize, self.dtype, max(end - begin, 0)
+        )
+
+
+class _Reader:
+    """Plain reads of a stretch: a file cut off under a memory map would kill the process."""
+
+    def __init__(self, file: Path, raw: BinaryIO, stretch: Stretch) -> None:
+        self.file, self.raw, self.stretch = file, raw, stretch
+
+    def byte(self, token: int) -> int:
+        return self.stretch.first_byte + token * self.stretch.dtype.itemsize
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        size = (end - begin) * self.stretch.dtype.itemsize
+        data = os.pread(self.raw.fileno(), size, self.byte(begin))
+        if len(data) != size:
+            ends = stamp_of(self.raw.fileno()).size
+            raise DataError(f"{self.file} ends at byte {ends}; it was cut off while it was read")
+        return np.frombuffer(data, self.stretch.dtype)
+
+
+def _too_narrow(dtype: np.dtype, vocab_size: int) -> bool:
+    return vocab_size - 1 > int(np.iinfo(dtype).max)
 
 
 class RawTokens(TokenSource):
     """One array of ids a file, without or with a header that is recognized."""
 
-    def sequences(self, file: Path) -> Iterator[tuple[Path, int, np.ndarray]]:
-        first_byte, tokens = self._tokens(file)
-        if len(tokens) and int(tokens[0]) == self.eos_token_id:  # it comes before documents
-            first_byte, tokens = first_byte + tokens.itemsize, tokens[1:]
-        yield file, first_byte, tokens
+    def sequences(self, file: Path) -> Iterator[Stretch]:
+        stretch = self._stretch(file)
+        with file.open("rb") as raw:
+            begins = stretch.length and _Reader(file, raw, stretch).read(0, 1)[0]
+        leading = bool(stretch.length) and int(begins) == self.eos_token_id  # before documents
+        yield stretch.part(int(leading), stretch.length)
 
-    def _tokens(self, file: Path) -> tuple[int, np.ndarray]:
+    def _stretch(self, file: Path) -> Stretch:
         with file.open("rb") as raw:
             head = raw.read(16)
         magic = int.from_bytes(head[:4], "little")
@@ -115,14 +156,17 @@ class RawTokens(TokenSource):
         if len(head) >= 12 and magic in _LLMC_DTYPES:
             dtype = _LLMC_DTYPES[magic]
             count = int.from_bytes(head[8:12], "little")
-            return _LLMC_HEADER_BYTES, _mapped(file, _LLMC_HEADER_BYTES, dtype, count)
-        tokens = _mapped(file, 0, self.dtype, None)
-        if self.dtype.itemsize == 2 and len(tokens) >= 64 and not tokens[1:_CHUNK:2].any():
-            raise DataError(
-                f"{file}: every second 16-bit number from byte 2 on is 0, so these are 32-bit "
-                "tokens; pass --token-dtype uint32"
-            )
-        return 0, tokens
+            return _stretch(file, _LLMC_HEADER_BYTES, dtype, count)
+        stretch = _stretch(file, 0, self.dtype, None)
+        if self.dtype.itemsize == 2 and stretch.length >= 64:
+            with file.open("rb") as raw:
+                first = _Reader(file, raw, stretch).read(0, min(stretch.length, _CHUNK))
+            if not first[1::2].any():
+                raise DataError(
+                    f"{file}: every second 16-bit number from byte 2 on is 0, so these are 32-bit "
+                    "tokens; pass --token-dtype uint32"
+                )
+        return stretch
 
 
 class NanoGpt(RawTokens):
@@ -158,44 +202,51 @@ class Megatron(TokenSource):
                 raise DataError(f"{file} is missing; Megatron data is a pair of .bin and .idx")
         return {"kind": self.kind, **files_identity(pairs, self.path)}
 
-    def sequences(self, file: Path) -> Iterator[tuple[Path, int, np.ndarray]]:
+    def sequences(self, file: Path) -> Iterator[Stretch]:
         index = file.with_suffix(".idx")
-        dtype, lengths, pointers, documents = _read_index(index)
-        tokens = _mapped(file, 0, dtype, None)
-        ends = pointers + lengths * dtype.itemsize
-        if len(ends) and (int(ends.max()) > tokens.nbytes or int(pointers.min()) < 0):
-            worst = int(np.argmax(ends))
+        dtype, ends, documents = _read_index(index)
+        tokens = _stretch(file, 0, dtype, None)
+        if ends[-1] != tokens.length:
             raise DataError(
-                f"{file} ends at byte {tokens.nbytes}, but {index} puts sequence {worst} at bytes "
-                f"{int(pointers[worst])} to {int(ends[worst])}; the pair does not match"
+                f"{file} ends at byte {file.stat().st_size}, but {index} describes "
+                f"{int(ends[-1]) * dtype.itemsize}; the pair does not match"
             )
-        for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
-            begin = int(pointers[first]) if first < last else 0
-            end = int(ends[last - 1]) if first < last else 0
-            yield file, begin, tokens[begin // dtype.itemsize : end // dtype.itemsize]
+        borders = ends[documents].tolist()
+        yield from (tokens.part(begin, end) for begin, end in itertools.pairwise(borders))
 
 
-def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Token type, and per sequence its length in tokens and first byte; document borders."""
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Token type; tokens before each sequence and in all (sequences + 1,); document borders."""
     data = index.read_bytes()
     if len(data) < _MEGATRON_HEADER.size or not data.startswith(_MEGATRON_MAGIC):
         raise DataError(f"{index}: byte 0 is not the start of a Megatron index; expected MMIDIDX")
     _, version, code, sequences, borders = _MEGATRON_HEADER.unpack_from(data)
     if version != 1 or code not in _MEGATRON_DTYPES:
         raise DataError(f"{index}: version {version}, token type {code} (byte 9) are unknown")
-    needed = _MEGATRON_HEADER.size + 12 * sequences + 8 * borders
-    if len(data) < needed:
+    dtype, offset = _MEGATRON_DTYPES[code], _MEGATRON_HEADER.size
+    needed = offset + 12 * sequences + 8 * borders
+    if len(data) != needed:
         raise DataError(f"{index} ends at byte {len(data)}, its header promises {needed}")
-    offset = _MEGATRON_HEADER.size
     lengths = np.frombuffer(data, "<i4", sequences, offset).astype(np.int64)
     pointers = np.frombuffer(data, "<i8", sequences, offset + 4 * sequences)
     documents = np.frombuffer(data, "<i8", borders, offset + 12 * sequences)
-    if len(documents) and int(documents.max()) > sequences:
-        raise DataError(f"{index}: document borders reach past its {sequences} sequences")
-    return _MEGATRON_DTYPES[code], lengths, pointers, documents
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    if (lengths < 0).any() or not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
+        raise DataError(
+            f"{index}: its sequences do not lie one after another (lengths from byte {offset}); it "
+            "is damaged"
+        )
+    whole = borders > 0 and documents[0] == 0 and documents[-1] == sequences
+    if not whole or (np.diff(documents) < 0).any():
+        raise DataError(
+            f"{index}: document borders (from byte {offset + 12 * sequences}) do not go from 0 to "
+            f"its {sequences} sequences; it is damaged"
+        )
+    return dtype, ends, documents
 
 
-def _mapped(file: Path, offset: int, dtype: np.dtype, count: int | None) -> np.ndarray:
+def _stretch(file: Path, offset: int, dtype: np.dtype, count: int | None) -> Stretch:
+    """The ids from byte ``offset`` to the file's end, which must be ``count``."""
     size = file.stat().st_size - offset
     if count is None and size % dtype.itemsize:
         raise DataError(
@@ -207,12 +258,10 @@ def _mapped(file: Path, offset: int, dtype: np.dtype, count: int | None) -> np.n
             f"{file} has {size} bytes of tokens after byte {offset}, its header promises "
             f"{count * dtype.itemsize}; the file is cut off or damaged"
         )
-    if not size:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(size // dtype.itemsize,))
+    return Stretch(offset, dtype, size // dtype.itemsize)
 
 
-def _read_npy(file: Path) -> tuple[int, np.ndarray]:
+def _read_npy(file: Path) -> Stretch:
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -221,7 +270,7 @@ def _read_npy(file: Path) -> tuple[int, np.ndarray]:
         raise DataError(
             f"{file} holds {tokens.dtype}{list(tokens.shape)}; expected one row of integers"
         )
-    return file.stat().st_size - tokens.nbytes, tokens
+    return _stretch(file, tokens.offset, tokens.dtype, len(tokens))
 
 
 def _named_split(file: Path) -> str | None:

@@ -73,7 +73,9 @@ def prepare(
             return open_prepared(out)
         with Workspace(out, request, restart) as work:
             tokenizer = _tokenizer(work, source, options, given)
-            _write_tokens(work, source, options, tokenizer)
+            manifest = _write_tokens(work, source, options, tokenizer)
+            if manifest.skipped_documents:
+                logger.info("%d documents without text are skipped", manifest.skipped_documents)
             work.publish()
     except OSError as error:
         raise DataError(
@@ -138,7 +140,7 @@ def _training_texts(source: Source, options: PrepareOptions) -> Iterator[str]:
 
 def _write_tokens(
     work: Workspace, source: Source, options: PrepareOptions, tokenizer: PreTrainedTokenizerFast
-) -> None:
+) -> Manifest:
     progress = work.progress
     assert progress is not None
     writers = {
@@ -159,6 +161,7 @@ def _write_tokens(
         for writer in writers.values():
             writer.abandon()
     write_durably(work.folder / MANIFEST_NAME, manifest.to_json())
+    return manifest
 
 
 def _manifest(

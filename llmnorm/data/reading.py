@@ -27,6 +27,12 @@ class Stamp(NamedTuple):
     changed_ns: int
 
 
+def stamp_of(descriptor: int) -> Stamp:
+    """The stamp of an open file as it is now."""
+    found = os.fstat(descriptor)
+    return Stamp(found.st_size, found.st_mtime_ns)
+
+
 class OpenFiles:
     """File descriptors by path; the one unused for longest is closed where there are many."""
 
@@ -84,7 +90,7 @@ class ArrayFile:
                 f"{self.path}: its {self.bytes} bytes are not the {self._first_byte} of a header "
                 f"and {shape[0]} rows of {self._row_bytes}; it belongs to other data"
             )
-        self.stamp = stamp or self._stamp(files.descriptor(self.path))
+        self.stamp = stamp or stamp_of(files.descriptor(self.path))
 
     def rows(self, begin: int, count: int) -> np.ndarray:
         """Rows ``begin .. begin + count``, which must exist; read-only.
@@ -97,7 +103,7 @@ class ArrayFile:
         try:
             descriptor = self._files.descriptor(self.path)
             data = os.pread(descriptor, size, self._first_byte + begin * self._row_bytes)
-            now = self._stamp(descriptor)
+            now = stamp_of(descriptor)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
         if now.size != self.bytes:
@@ -127,11 +133,6 @@ class ArrayFile:
                 f"{self.dtype}{list(self.shape)}; it belongs to other data"
             )
         return first_byte
-
-    @staticmethod
-    def _stamp(descriptor: int) -> Stamp:
-        found = os.fstat(descriptor)
-        return Stamp(found.st_size, found.st_mtime_ns)
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:

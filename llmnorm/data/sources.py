@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import DataError, EnvironmentProblem
 from .files import decoded, files_identity, lines, list_files
+from .reading import Stamp, stamp_of
 
 _STDLIB_LEFT_OUT = frozenset(
     ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__")
@@ -76,18 +77,31 @@ class FileSource(Source):
         self.total_bytes = sum(file.stat().st_size for file in self.files)
         self._finished_bytes = 0
         self._raw: BinaryIO | None = None
+        self._stamps: dict[Path, Stamp] = {}  # when the files were first opened
 
     def identity(self) -> dict[str, Any]:
+        for file in self.files:
+            with _open(file) as raw:
+                self._check_unchanged(file, raw)
         return {"kind": self.kind, **files_identity(self.files, self.path)}
 
     def documents(self) -> Iterator[Document]:
         self._finished_bytes = 0
         for file in self.files:
             with _open(file) as self._raw:
+                self._check_unchanged(file, self._raw)
                 for document in self.read(file, self._raw):
                     yield document if isinstance(document, Document) else Document(document)
+                self._check_unchanged(file, self._raw)
             self._raw = None
             self._finished_bytes += file.stat().st_size
+
+    def _check_unchanged(self, file: Path, raw: BinaryIO) -> None:
+        if self._stamps.setdefault(file, stamp_of(raw.fileno())) != stamp_of(raw.fileno()):
+            raise DataError(
+                f"{file} was written to while it was read; give the same command again when it is "
+                "complete"
+            )
 
     @abstractmethod
     def read(self, file: Path, raw: BinaryIO) -> Iterator[str | Document]:
@@ -217,7 +231,8 @@ def text_field(row: dict[str, Any], column: str, where: str) -> str:
         DataError: the field is missing, not a string, or holds half a surrogate pair.
     """
     if column not in row:
-        fields = ", ".join(list(row)[:8]) or "none"
+        fields = ", ".join(f"{name:.40}" for name in list(row)[:8]) or "none"
+        fields = "".join(c if c.isprintable() else "?" for c in fields)
         raise DataError(f"{where} has no field {column!r} (fields: {fields}); see --text-column")
     text = row[column]
     if not isinstance(text, str):

@@ -1,5 +1,6 @@
 """Tokens of nanoGPT, llm.c, Megatron and OLMo become the same documents as the text they hold."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -212,3 +213,57 @@ def test_what_is_not_a_megatron_pair_is_named(tmp_path: Path, documents: list[li
     index.unlink()
     with pytest.raises(DataError, match=r"m\.idx is missing"):
         megatron(tmp_path / "m.bin").identity()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "complaint"),
+    [
+        (34, struct.pack("<i", -1), "do not lie one after another"),  # the first length
+        (34, struct.pack("<i", 10**6), "do not lie one after another"),
+        (-8, struct.pack("<q", 1), "do not go from 0 to its"),  # the last border
+        (-8, struct.pack("<q", 2**60), "do not go from 0 to its"),
+        (-16, struct.pack("<q", -3), "do not go from 0 to its"),
+    ],
+)
+def test_a_damaged_megatron_index_is_named(
+    tmp_path: Path, documents: list[list[int]], place: int, value: bytes, complaint: str
+) -> None:
+    write_megatron(tmp_path / "m", documents, "<u2", 8)
+    index = tmp_path / "m.idx"
+    data = bytearray(index.read_bytes())
+    place %= len(data)
+    data[place : place + len(value)] = value
+    index.write_bytes(data)
+    with pytest.raises(DataError, match=complaint):
+        found(megatron(tmp_path / "m"))
+
+
+def test_tokens_beyond_what_the_index_describes_are_refused(
+    tmp_path: Path, documents: list[list[int]]
+) -> None:
+    write_megatron(tmp_path / "m", documents, "<u2", 8)
+    with (tmp_path / "m.bin").open("ab") as body:
+        body.write(b"\1\0")
+    with pytest.raises(DataError, match="the pair does not match"):
+        found(megatron(tmp_path / "m"))
+
+
+def test_ids_that_may_have_been_cut_to_16_bits_are_refused(tmp_path: Path) -> None:
+    write_llmc(tmp_path / "a.bin", [1, 2, 65_537 % 65_536, 0])
+    source = NanoGpt(tmp_path / "a.bin", eos_token_id=0, vocab_size=70_000)
+    with pytest.raises(DataError, match=r"a\.bin holds uint16, which cannot number"):
+        found(source)
+    assert found(NanoGpt(tmp_path / "a.bin", eos_token_id=0, vocab_size=1 << 16)) == [[1, 2, 1]]
+
+
+@pytest.mark.parametrize("keep", [1000, 2002])
+def test_a_token_file_cut_while_it_is_read_is_an_error_and_no_crash(
+    tmp_path: Path, keep: int
+) -> None:
+    path = tmp_path / "a.bin"
+    np.array([5] * 1000 + [0] + [6] * 200_000, "<u2").tofile(path)
+    reading = nanogpt(path).documents()
+    assert len(next(reading).content) == 1000
+    os.truncate(path, keep)
+    with pytest.raises(DataError, match=rf"a\.bin ends at byte {keep}; it was cut off while"):
+        list(reading)

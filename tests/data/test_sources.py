@@ -251,3 +251,28 @@ def test_what_the_hub_cannot_give_is_named(hub_folder: Path) -> None:
         contents(HubDataset(str(hub_folder), text_column="body"))
     with pytest.raises(DataError, match="row 0 of train: field 'n' is int"):
         contents(HubDataset(str(hub_folder), text_column="n"))
+
+
+def test_a_file_written_to_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl_bytes())
+    source = Jsonl(path, text_column="text")
+    source.identity()
+    assert contents(source) == ROWS
+    reading = source.documents()
+    next(reading)
+    with path.open("ab") as stream:
+        stream.write(jsonl_bytes())
+    message = r"a\.jsonl was written to while it was read; give the same command again"
+    with pytest.raises(DataError, match=message):
+        list(reading)
+    with pytest.raises(DataError, match=message):  # and so before it is hashed, read on
+        source.identity()
+
+
+def test_field_names_are_shown_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a\nb\x1b[1m": 1, "c" * 1000: 2}))
+    with pytest.raises(DataError, match=r"\(fields: a\?b\?\[1m, c{40}\)") as error:
+        contents(Jsonl(path, text_column="text"))
+    one_line(error)
