@@ -148,7 +148,7 @@ class NativeEngine(ABC):
     def _slots(self) -> Iterator[Owned]:
         state = self.optimizer.state
         for name, parameter in self.parameters.items():
-            for slot, value in state.get(parameter, {}).items():
+            for slot, value in sorted(state.get(parameter, {}).items()):  # a resume reorders them
                 if isinstance(value, Tensor):
                     like = value.shape == parameter.shape and value.ndim > 0
                     if isinstance(value, DTensor) and not like:
