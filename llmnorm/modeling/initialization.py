@@ -156,7 +156,7 @@ def expected_std(name: str, module: nn.Linear | nn.Embedding, config: Any) -> fl
     if isinstance(module, nn.Embedding):
         return embedding_std(config)
     if WeightSpec.parse(config.weights).kind == "unit":
-        return module.weight.shape[unit_dim(name)] ** -0.5
+        return (module.out_features, module.in_features)[unit_dim(name)] ** -0.5
     parts = name.split(".")
     if "layers" not in parts:
         return config.initializer_range

@@ -10,6 +10,8 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
 from llmnorm.processes import leave_process_group
-from llmnorm.training.constraints import Constraints
+from llmnorm.training.constraints import Constraints, Mean
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
 from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
-from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_shards
+from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
 from llmnorm.training.engines.native import GROUPS, NUMBER, number
 from llmnorm.training.engines.plain import PATIENCE, check_world
 from llmnorm.training.objective import Objective
@@ -67,11 +69,11 @@ class DeepSpeedEngine:
         """Shard the model and the optimizer made for it.
 
         Raises:
-            EnvironmentProblem: if the model has rules for whole weights, or DeepSpeed did not do
-                what it was asked for.
+            EnvironmentProblem: if the model has a rule for whole gradients, or DeepSpeed did not
+                do what it was asked for.
         """
         self.model = objective.model
-        _refuse_rules(self.model)
+        self.rules = list(_rules(self.model, self.ranks.mean))
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         optimizer = for_shards(make_optimizer(self.model))
@@ -88,6 +90,7 @@ class DeepSpeedEngine:
         self.zero = self.wrapped.optimizer
         self._check()
         self.shards = find_shards(self.zero, names)
+        self._names = names
         self.optimizer: Any = self.zero.optimizer
         if isinstance(self.optimizer, ShardedMuon):
             self.optimizer.attach(self.shards)
@@ -146,12 +149,40 @@ class DeepSpeedEngine:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.wrapped.step()
+        applied = self.wrapped.was_step_applied()
+        if applied and self.rules:
+            self._keep_rules(step)
         norm = float(self.wrapped.get_global_grad_norm())
-        return StepResult(loss=loss, grad_norm=norm, applied=self.wrapped.was_step_applied())
+        return StepResult(loss=loss, grad_norm=norm, applied=applied)
+
+    @torch.no_grad()
+    def _keep_rules(self, step: int) -> None:
+        """Apply the model's rules to whole weights, of which the shards then take their parts."""
+        changed: dict[str, Tensor] = {}
+        for rule, parameters in self.rules:
+            with self._whole(parameters), rule.around(step):
+                pass
+            changed |= {self._names[id(p)]: getattr(p, "ds_tensor", p) for p in parameters}
+        for shard in self.shards:
+            for part in shard.parts:
+                if part.name in changed:
+                    start = 0 if self.stage == 3 else part.start
+                    values = changed[part.name].flatten()[start : start + part.numel]
+                    part.of(shard.flat).copy_(values)
+
+    def _whole(self, parameters: list[Any]) -> AbstractContextManager[object]:
+        """Return the context in which parameters may be read and changed, equally on all ranks."""
+        if self.stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[object] = self.deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=0
+        )
+        return gathered
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the ranges of weights and moments that this rank owns, padding left out."""
-        for shard in self.shards:
+        frozen = self._frozen() if self.stage == 3 or self.ranks.is_main else []
+        for shard in [*self.shards, *frozen]:
             for part in shard.parts:
                 yield from _piece(part, "", shard.flat)
         for shard in self.shards:
@@ -159,6 +190,14 @@ class DeepSpeedEngine:
                 for part in shard.parts:
                     yield from self._slot(shard, part, slot, value)
         yield from share(self._numbers(), self.ranks.rank, self.ranks.world)
+
+    def _frozen(self) -> list[Shard]:
+        """Return the parameters that no optimizer steps: in ranges at stage 3, else whole."""
+        return [
+            find_frozen(name, parameter)
+            for name, parameter in self.parameters.items()
+            if not parameter.requires_grad
+        ]
 
     def _slot(self, shard: Shard, part: Part, slot: str, value: Any) -> Iterator[Piece]:
         """Yield a part of what the optimizer keeps; the rank of the first element has numbers."""
@@ -190,7 +229,7 @@ class DeepSpeedEngine:
             differing = sorted(set(weights.names()) ^ set(self.parameters))
             raise CheckpointError(f"{folder} holds other parameters: {', '.join(differing[:3])}")
         with torch.no_grad():
-            for shard in self.shards:
+            for shard in [*self.shards, *self._frozen()]:
                 for part in shard.parts:
                     part.of(shard.flat).copy_(
                         weights.flat(part.name, part.start, part.start + part.numel)
@@ -232,6 +271,7 @@ class DeepSpeedEngine:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero.parameter_offload.partition_all_parameters()
         for index in range(len(self.shards)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
         if persistent := self.zero.persistent_parameters:
@@ -242,9 +282,9 @@ class DeepSpeedEngine:
         if folder is not None:
             gathered: dict[str, Tensor] = {}
             for name, parameter in self.parameters.items():
-                complete = self.deepspeed.utils.safe_get_full_fp32_param(parameter)
+                complete = self._complete(parameter)
                 if self.ranks.is_main:
-                    gathered[name] = complete.detach().cpu().clone()
+                    gathered[name] = complete.cpu()
                 del complete
             if self.ranks.is_main:
                 transformers_logging.disable_progress_bar()
@@ -253,6 +293,14 @@ class DeepSpeedEngine:
             self.wrapped.destroy()
             self.wrapped = self.zero = None
         leave_process_group()
+
+    def _complete(self, parameter: Any) -> Tensor:
+        """Return a copy of the float32 weights of one parameter, whole on every rank."""
+        if parameter.requires_grad:
+            complete: Tensor = self.deepspeed.utils.safe_get_full_fp32_param(parameter)
+            return complete.detach().clone()
+        with self._whole([parameter]):
+            return parameter.detach().float().clone()
 
 
 def _import(*, cpu: bool) -> Any:
@@ -288,16 +336,26 @@ def _open_group(*, cpu: bool) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _refuse_rules(model: Any) -> None:
-    """Refuse models whose weights or modules must be whole around a step."""
-    constraints = Constraints(model)
-    kind = constraints.spec.kind
-    if kind in ("unit", "project", "lawn") or constraints.moving:
-        what = f"weights {kind!r}" if not constraints.moving else "norm tapernorm"
+def _rules(model: Any, mean: Mean) -> Iterator[tuple[Constraints, list[Any]]]:
+    """Yield the model's rules, one for each matrix so that one is whole at a time.
+
+    Raises:
+        EnvironmentProblem: if a rule needs whole gradients.
+    """
+    rules = Constraints(model, mean)
+    if rules.spec.kind == "lawn":
         raise EnvironmentProblem(
-            f"{what} needs whole weights around each step, which ZeRO cuts into flat ranges; use "
-            "configs/accelerate/ddp.yaml or fsdp2.yaml"
+            "weights 'lawn' turns whole gradients before each step, which ZeRO cuts into flat "
+            "ranges; use configs/accelerate/ddp.yaml or fsdp2.yaml"
         )
+    moving, matrices = rules.moving, rules.matrices
+    for matrix in matrices if rules.spec.kind in ("unit", "project") else []:
+        rule = copy(rules)
+        rule.matrices, rule.moving = [matrix], []
+        yield rule, [matrix.weight]
+    if moving:
+        rules.matrices = []
+        yield rules, [p for module in moving for p in module.parameters()]
 
 
 def _piece(part: Part, slot: str, flat: Tensor) -> Iterator[Piece]:

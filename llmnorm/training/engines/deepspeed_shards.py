@@ -43,7 +43,7 @@ class Shard:
 
     Args:
         flat: the float32 weights.
-        group: index of the optimizer's parameter group.
+        group: index of the optimizer's parameter group; -1 for a parameter that is not trained.
         parts: one for each parameter of the group, the same ones on every rank.
     """
 
@@ -69,6 +69,16 @@ def find_shards(zero: Any, names: Mapping[int, str]) -> list[Shard]:
         Shard(flat=flat, group=number, parts=tuple(parts(parameters, names)))
         for flat, number, parameters in zip(flats, numbers, groups, strict=True)
     ]
+
+
+def find_frozen(name: str, parameter: Any) -> Shard:
+    """Return what this rank holds of a parameter that no optimizer steps."""
+    names = {id(parameter): name}
+    if hasattr(parameter, "ds_tensor"):
+        return Shard(flat=parameter.ds_tensor, group=-1, parts=tuple(_ranges([parameter], names)))
+    shape = parameter.shape
+    part = Part(name=name, shape=shape, start=0, numel=shape.numel(), offset=0)
+    return Shard(flat=parameter.detach().view(-1), group=-1, parts=(part,))
 
 
 def _fragments(parameters: list[Any], names: Mapping[int, str]) -> Iterator[Part]:
