@@ -32,6 +32,7 @@ _COMMANDS = {
     "generate": ("llmnorm.evaluation.commands.generate", "continue a text with a model"),
     "compare": ("llmnorm.evaluation.commands.compare", "compare runs: table, picture"),
     "list": ("llmnorm.listing", "show the schemes, norms, placements or presets there are"),
+    "verify": ("llmnorm.verify", "prove that a run of yours continues exactly after a stop"),
     "validate": ("llmnorm.config.command", "check a run file without training"),
 }
 

@@ -45,6 +45,7 @@ LAYERS = {
     "evaluation": 7,
     "training": 8,
     "listing": 9,
+    "verify": 9,
     "cli": 9,
     "__main__": 10,
 }

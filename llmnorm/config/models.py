@@ -270,6 +270,9 @@ class CheckpointSection(Section):
 
     interval_steps: Count = Field(0, description="steps between checkpoints; 0 is at the end only")
     keep: Positive = Field(2, description="newest checkpoints kept")
+    stop_at_step: Count = Field(
+        0, description="save and leave after this step with exit code 75; 0 is never"
+    )
     resume: str = Field(
         "auto", description="auto continues the run in output.dir, never refuses, or a PATH"
     )

@@ -107,6 +107,8 @@ class Trainer:
         begun = time.perf_counter()
         for micro_batches in islice(batches.iterate(self.step), self.plan.steps - self.step):
             result, stopping = self.take_step(micro_batches)
+            if self.step == self.config.checkpoint.stop_at_step:
+                stopping, self.stop.signal_name = True, "checkpoint.stop_at_step"
             record = self.record(result, time.perf_counter() - begun)
             if self.is_due(self.config.eval.interval_steps):
                 record.update(self.validate())
