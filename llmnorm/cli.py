@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 from llmnorm.config import split_overrides
 from llmnorm.config.problems import one_line
 from llmnorm.errors import ConfigError, LlmNormError
+from llmnorm.processes import leave
 from llmnorm.resources import suggest
 
 _GRACE_SECONDS = 5.0  # how long the other ranks let rank 0 speak first
@@ -33,7 +34,8 @@ _COMMANDS = {
     "compare": ("llmnorm.evaluation.commands.compare", "compare runs: table, picture"),
     "list": ("llmnorm.listing", "show the schemes, norms, placements or presets there are"),
     "verify": ("llmnorm.verify", "prove that a run of yours continues exactly after a stop"),
-    "validate": ("llmnorm.config.command", "check a run file without training"),
+    "validate": ("llmnorm.planning.command", "check what a run needs: files, memory, disk, time"),
+    "doctor": ("llmnorm.doctor", "look at this machine: versions, devices, engines, disk, network"),
 }
 
 
@@ -80,13 +82,15 @@ def run_main(fn: Callable[[list[str]], int | None]) -> NoReturn:
             traceback.print_exc()
         _report(error)
         code = error.exit_code
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = _EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _EXIT_BROKEN_PIPE
-    sys.exit(code)
+    leave(code)
 
 
 def run_command(command: Command, prog: str, words: list[str]) -> int:
@@ -140,7 +144,8 @@ def _report(error: LlmNormError) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = ""
     if rank != "0":
-        time.sleep(_GRACE_SECONDS)  # the launcher ends this process when rank 0 failed too
+        if not error.settled:
+            time.sleep(_GRACE_SECONDS)  # the launcher ends this process when rank 0 failed too
         prefix = f"[rank {rank}] "
     for line in (str(error) or type(error).__name__).split("\n"):
         sys.stderr.write(one_line(prefix + line) + "\n")

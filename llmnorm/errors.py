@@ -9,6 +9,8 @@ class LlmNormError(Exception):
     """Base of every error that llmnorm raises for a user's mistake or a broken machine."""
 
     exit_code = 1
+    settled = False
+    """Whether this rank speaks for all ranks of a run, so that none needs to go first."""
 
 
 class ConfigError(LlmNormError, ValueError):

@@ -1,6 +1,10 @@
-"""Leave the launcher's process group without dying on the way out."""
+"""Leave the launcher's process group, and the process, without dying on the way out."""
 
+import multiprocessing
+import os
+import sys
 import time
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -18,3 +22,18 @@ def leave_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         time.sleep(_IDLE_SECONDS)
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; at once where a process group is still open.
+
+    Its threads wait for ranks that may be gone, and an interpreter that shuts down beside them may
+    hang, or abort with a code of its own.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

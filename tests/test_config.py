@@ -437,6 +437,12 @@ CHANGED = {
     "checkpoint.interval_steps": "5",
     "checkpoint.keep": "5",
     "checkpoint.resume": "never",
+    "faults.max_bad_steps": "7",
+    "faults.spike_sigma": "0",
+    "faults.spike_window": "64",
+    "faults.meet_seconds": "60",
+    "faults.start_seconds": "60",
+    "faults.hang_seconds": "60",
     "log.interval_steps": "5",
     "log.trackers": "[wandb]",
     "output.dir": "elsewhere",
@@ -479,16 +485,10 @@ def test_the_fingerprint_covers_exactly_what_changes_numbers(path, tmp_path):
     drop = ["--data.path=null"] if key == "data.mix" else []
     changed = load_run_config(None, [*flags(COMPLETE), *wsd, *drop, f"--{key}={value}"])
     assert changed != base
-    harmless = key in KEEPS_NUMBERS or path[0] in ("eval", "checkpoint", "log", "output")
+    free = ("eval", "checkpoint", "faults", "log", "output")
+    harmless = key in KEEPS_NUMBERS or path[0] in free
     assert (changed.fingerprint() == base.fingerprint()) == harmless
 
-
-def test_help_describes_every_key():
-    text = describe_keys()
-    for path, field in leaves(RunConfig).items():
-        assert f"--{'.'.join(path)}\n" in text
-        assert field.description
-        assert field.description in text
 
 MIX = "[{path: one, weight: 1}, {path: other, weight: 0.5}]"
 MIXED = [*flags(COMPLETE), "--data.path=null"]
@@ -525,6 +525,13 @@ def test_data_is_one_folder_or_a_mixture(words, complaint):
     (line,) = errors(None, [*flags(COMPLETE), *words])
     assert complaint in line
 
+
+def test_help_describes_every_key():
+    text = describe_keys()
+    for path, field in leaves(RunConfig).items():
+        assert f"--{'.'.join(path)}\n" in text
+        assert field.description
+        assert field.description in text
 
 
 def test_overrides_are_told_from_other_words():

@@ -46,6 +46,7 @@ def _count_or_fraction(value: object) -> int | float:
 LocalPath = Annotated[Path, BeforeValidator(_path)]
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Positive = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Size = Annotated[int, Field(ge=1, le=2**24)]  # of batches and sequences; beyond is a slip
 CountOrFraction = Annotated[int | float, BeforeValidator(_count_or_fraction)]
 
 
@@ -139,9 +140,11 @@ class DataSection(Section):
     path: LocalPath | None = Field(
         None, description="prepared data folder (from `llmnorm data prepare`); this or data.mix"
     )
-    seq_len: Positive = Field(description="sequence length in tokens")
+    seq_len: Size = Field(description="sequence length in tokens")
     document_mask: bool = Field(False, description="attend within documents only")
-    num_workers: Count = Field(0, description="worker processes that read ahead; 0 reads inline")
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="worker processes that read ahead; 0 reads inline"
+    )
 
     @field_validator("path")
     @classmethod
@@ -222,8 +225,8 @@ class TrainingSection(Section):
         None, description="optimizer steps; this or max_tokens is required, the earlier ends"
     )
     max_tokens: Positive | None = Field(None, description="tokens to train on, over all ranks")
-    global_batch_size: Positive = Field(description="sequences in one optimizer step, all ranks")
-    micro_batch_size: Positive | None = Field(
+    global_batch_size: Size = Field(description="sequences in one optimizer step, all ranks")
+    micro_batch_size: Size | None = Field(
         None, description="sequences at once on one rank (unset: a rank's whole share)"
     )
     seed: Count = Field(0, description="seed of initial weights and data order")
@@ -262,7 +265,7 @@ class EvalSection(Section):
 
     interval_steps: Count = Field(0, description="steps between validations; 0 is at the end only")
     max_documents: Positive | None = Field(None, description="documents scored (unset: all)")
-    batch_size: Positive = Field(8, description="windows scored at once on one rank")
+    batch_size: Size = Field(8, description="windows scored at once on one rank")
 
 
 class CheckpointSection(Section):
@@ -273,11 +276,11 @@ class CheckpointSection(Section):
     stop_at_step: Count = Field(
         0, description="save and leave after this step with exit code 75; 0 is never"
     )
-    resume: str = Field(
-        "auto", description="auto continues the run in output.dir, never refuses, or a PATH"
-    )
     overlap: bool = Field(
         True, description="train on while a checkpoint is written, from a copy in CPU memory"
+    )
+    resume: str = Field(
+        "auto", description="auto continues the run in output.dir, never refuses, or a PATH"
     )
 
     @field_validator("resume")
@@ -288,6 +291,27 @@ class CheckpointSection(Section):
         if not os.path.isdir(os.path.expanduser(value)):
             raise ValueError("expected auto, never or the folder of a checkpoint that exists")
         return os.path.expanduser(value)
+
+
+class FaultsSection(Section):
+    """What a run bears, and how long it waits."""
+
+    max_bad_steps: Positive = Field(
+        5, description="steps in a row with a loss or gradient that is not finite, then it ends"
+    )
+    spike_sigma: float = Field(
+        6.0, ge=0, description="report loss or gradient norm so far above its mean; 0 is off"
+    )
+    spike_window: int = Field(
+        128, ge=8, le=100_000, description="steps whose mean and deviation spikes are judged by"
+    )
+    meet_seconds: Positive = Field(25, description="wait for all processes to find each other")
+    start_seconds: Positive = Field(
+        600, description="without progress until the first step is done, or while saving"
+    )
+    hang_seconds: Positive = Field(
+        120, description="without progress of a process among several, then all end"
+    )
 
 
 class LogSection(Section):
@@ -315,6 +339,7 @@ class RunConfig(Section):
     training: TrainingSection
     eval: EvalSection
     checkpoint: CheckpointSection
+    faults: FaultsSection
     log: LogSection
     output: OutputSection
 
@@ -325,8 +350,8 @@ class RunConfig(Section):
     def numbers(self) -> dict[str, Any]:
         """Return the keys that change a run's numbers, as JSON.
 
-        Not output, log, checkpoint, eval; not how a step is computed (micro-batches, compilation,
-        recomputation, workers), which may differ when a run continues elsewhere.
+        Not output, log, checkpoint, eval, faults; not how a step is computed (micro-batches,
+        compilation, recomputation, workers), which may differ when a run continues elsewhere.
         """
         return self.model_dump(mode="json", exclude=_FREE)
 
@@ -343,7 +368,7 @@ class RunConfig(Section):
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("output", "log", "checkpoint", "eval"), True),
+    **dict.fromkeys(("output", "log", "checkpoint", "eval", "faults"), True),
     "model": {"imports"},
     "data": {"path": True, "num_workers": True, "mix": {"__all__": {"path"}}},
     "training": {"micro_batch_size", "compile", "activation_checkpointing"},

@@ -7,7 +7,7 @@ Read `documents.py` next: where the documents come from.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -90,6 +90,7 @@ def score_documents(
     batch_size: int = 8,
     rank: int = 0,
     world: int = 1,
+    between: Callable[[], object] = lambda: None,
 ) -> Perplexity:
     """Score every token of every document once.
 
@@ -114,6 +115,7 @@ def score_documents(
         batch_size: windows per forward and rank.
         rank: this process, when the model is evaluated by several.
         world: number of processes that share the windows; above 1 needs a process group.
+        between: called before each batch, as often on every rank; what it raises ends the scoring.
 
     Raises:
         ConfigError: a length, stride or batch size that cannot be, or beyond the positions.
@@ -138,6 +140,7 @@ def score_documents(
     nats, targets = 0.0, 0
     with _evaluating(model):
         for batch in _own_batches(_similar(windows, batch_size), rank, world):
+            between()
             batch_nats, batch_targets = _score(model, batch, eos_token_id)
             nats, targets = nats + batch_nats, targets + batch_targets
     device = next(model.parameters()).device

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from llmnorm.build import build_config, build_model
@@ -17,9 +18,13 @@ from llmnorm.data import GlobalBatches, Interleaving, Mixture, open_mixture
 from llmnorm.data.batches import samples_in
 from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.norms import TaperNorm
 from llmnorm.modeling.travel import foreign_sources
+from llmnorm.training.manifest import read_state
+from llmnorm.training.optimizer import describe_groups
+from llmnorm.training.precision import Precision, decide_precision
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
 from llmnorm.training.weights import load_weights
@@ -64,9 +69,23 @@ def open_data(config: RunConfig, ranks: Ranks) -> Mixture:
 
 
 def describe_run(
-    config: RunConfig, data: Mixture, plan: Plan, model: PreTrainedModel
+    config: RunConfig,
+    data: Mixture,
+    plan: Plan,
+    model: PreTrainedModel,
+    device: torch.device,
+    found: Path | None,
 ) -> dict[str, Any]:
-    """Return size, data and horizon of a run as JSON and log them: a line, and one a folder."""
+    """Return what environment.json says of a run at its first start; log size, data and horizon.
+
+    Args:
+        config: the run file.
+        data: what is read.
+        plan: steps and tokens.
+        model: the model.
+        device: where it runs.
+        found: the checkpoint that it starts from, whose precision is kept.
+    """
     counts = parameter_counts(model)
     tokens = plan.steps * plan.tokens_per_step
     per_parameter = tokens / max(1, counts["non_embedding"])
@@ -91,7 +110,21 @@ def describe_run(
         "tokens": tokens,
         "tokens_per_non_embedding_parameter": per_parameter,
         "schedule": asdict(plan.schedule),
+        "optimizer": describe_groups(model, config.optimizer),
+        "precision": asdict(_decide_precision(config, plan, model, device, found)),
     }
+
+
+def _decide_precision(
+    config: RunConfig, plan: Plan, model: PreTrainedModel, device: torch.device, found: Path | None
+) -> Precision:
+    saved = {} if found is None else read_state(found)
+    return decide_precision(
+        saved.get("precision", config.training.precision),
+        device,
+        hidden_size=model.config.hidden_size,
+        tokens=plan.micro_batch_size * config.data.seq_len,
+    )
 
 
 def _describe_folders(config: RunConfig, data: Mixture, plan: Plan) -> list[dict[str, Any]]:
@@ -166,29 +199,11 @@ def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmN
     """Build the model for this data, fresh or with the weights of the folder `init_from`.
 
     Raises:
-        ConfigError: if `model.overrides` gives a smaller vocabulary than the data's, or the code of
-            a norm or joint from outside cannot be saved with the model.
+        ConfigError: as `model_config`, or if the code of a norm or joint from outside cannot be
+            saved with the model.
     """
-    arguments = config.model.build_arguments()
-    vocab_size = config.model.overrides.get("vocab_size", data.vocab_size)
-    if vocab_size < data.vocab_size:
-        raise ConfigError(
-            f"model.overrides.vocab_size={vocab_size} is smaller than the data's vocabulary of "
-            f"{data.vocab_size}; drop it or make it larger"
-        )
-    ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
-    arguments = {**ends, **arguments, "vocab_size": vocab_size}
-    model_config = build_config(**arguments)
-    positions = model_config.max_position_embeddings
-    if positions < config.data.seq_len:
-        if "max_position_embeddings" in config.model.overrides:
-            raise ConfigError(
-                f"data.seq_len={config.data.seq_len} exceeds "
-                f"model.overrides.max_position_embeddings={positions}; make the latter larger"
-            )
-        arguments["max_position_embeddings"] = config.data.seq_len
-        model_config = build_config(**arguments)
-    model = build_model(model_config, seed=config.training.seed)
+    shape = model_config(config, vocab_size=data.vocab_size, eos_token_id=data.eos_token_id)
+    model = build_model(shape, seed=config.training.seed)
     try:
         foreign_sources(model)
     except ValueError as error:
@@ -196,3 +211,30 @@ def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmN
     if init_from is not None:
         load_weights(model, init_from)
     return model
+
+
+def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> LlmNormConfig:
+    """Return the model's config for data of this vocabulary and end-of-text.
+
+    Raises:
+        ConfigError: if `model.overrides` gives a smaller vocabulary or fewer positions than needed.
+    """
+    arguments = config.model.build_arguments()
+    wanted = config.model.overrides.get("vocab_size", vocab_size)
+    if wanted < vocab_size:
+        raise ConfigError(
+            f"model.overrides.vocab_size={wanted} is smaller than the data's vocabulary of "
+            f"{vocab_size}; drop it or make it larger"
+        )
+    ends = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    arguments = {**ends, **arguments, "vocab_size": wanted}
+    shape = build_config(**arguments)
+    positions = shape.max_position_embeddings
+    if positions >= config.data.seq_len:
+        return shape
+    if "max_position_embeddings" in config.model.overrides:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} exceeds "
+            f"model.overrides.max_position_embeddings={positions}; make the latter larger"
+        )
+    return build_config(**{**arguments, "max_position_embeddings": config.data.seq_len})

@@ -43,6 +43,7 @@ class RunDirectory:
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.exit_file = path / "exit.json"
         self.final = path / "final"
         self.final_in_making = path / ".final.writing"
 
@@ -56,9 +57,9 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-            self._check(config)
+            self.check(config)
             if not self.final.is_dir():
-                (self.path / "exit.json").unlink(missing_ok=True)  # of the start before
+                self.exit_file.unlink(missing_ok=True)  # of the start before
                 shutil.rmtree(self.final_in_making, ignore_errors=True)
                 if not self.has_begun():
                     self.environment_file.unlink(missing_ok=True)  # of a start that failed
@@ -95,7 +96,8 @@ class RunDirectory:
         with open(self.metrics_file, "rb") as handle:
             return handle.readline().endswith(b"\n")
 
-    def _check(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig) -> None:
+        """Refuse a directory that holds another run, or foreign files; as in `open`."""
         present = [name for name in _OURS if (self.path / name).exists()]
         foreign = [name for name in _FOREIGN if (self.path / name).exists()]
         if foreign and not present:
@@ -152,19 +154,28 @@ class RunDirectory:
                 ) from error
             raise
 
-    def write_exit(self, *, code: int, step: int, cause: str, rank: int) -> None:
+    def write_exit(self, *, code: int, step: int, cause: str, rank: int) -> bool:
         """Record how the run ended; launchers replace exit codes, this file keeps ours.
 
-        The first of this start wins: what fails later, on any rank, is its consequence.
+        The first of this start wins: what fails later, on any rank, is its consequence. Returns
+        whether this was the first, so that one rank alone speaks.
         """
         record = {"code": code, "rank": rank, "step": step, "cause": cause[:2000]}
         try:
-            with open(self.path / "exit.json", "x", encoding="utf-8") as handle:
+            with open(self.exit_file, "x", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
         except FileExistsError:
-            pass
+            return False
         except OSError as error:
             logger.warning("exit.json cannot be written: %s", error)
+        return True
+
+    def read_exit(self) -> dict[str, Any] | None:
+        """Return what `write_exit` wrote in this start; None before, or while it is written."""
+        try:
+            return dict(json.loads(self.exit_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

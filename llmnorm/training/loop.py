@@ -7,39 +7,31 @@ step), `optimizer.py`, `schedule.py`. Where a run can be lost: `saving.py`, `dir
 
 import logging
 import time
-from dataclasses import asdict
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llmnorm.build import self_test
 from llmnorm.config import RunConfig
-from llmnorm.errors import LlmNormError
-from llmnorm.evaluation.perplexity import score_documents
 from llmnorm.training import assembly, environment
 from llmnorm.training.checkpoint import Checkpoints, read_rng
 from llmnorm.training.compiling import compile_blocks, decide_compile
 from llmnorm.training.directory import RunDirectory, remember_start, tracker_config
+from llmnorm.training.endings import Ending
 from llmnorm.training.engines import Engine, MicroBatch, StepResult, choose_engine
-from llmnorm.training.manifest import read_state
+from llmnorm.training.manifest import read_state, reading
 from llmnorm.training.metrics import Display, MetricsFile, Pace, Record, Reporter, open_trackers
 from llmnorm.training.objective import IGNORED, Objective
-from llmnorm.training.optimizer import describe_groups, make_optimizer
-from llmnorm.training.precision import Precision, decide_precision, peak_flops
+from llmnorm.training.optimizer import make_optimizer
+from llmnorm.training.precision import Precision, peak_flops
+from llmnorm.training.ranks import meet
 from llmnorm.training.rng import prefer_determinism, seed_generators
 from llmnorm.training.saving import Saver
-from llmnorm.training.signals import STOPPED_BY_SIGNAL, StopRequest
+from llmnorm.training.signals import STOPPED_BY_SIGNAL, Stopping, StopRequest
+from llmnorm.training.soundness import Soundness
+from llmnorm.training.validation import score_validation
+from llmnorm.training.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-MOST_BAD_STEPS = 5
-"""A run stops after so many steps in a row whose loss or gradient is not finite."""
-
-
-class Diverged(LlmNormError):  # noqa: N818 (what happened to the run)
-    """Loss or gradient was not finite for `MOST_BAD_STEPS` steps in a row."""
-
-    exit_code = 6
 
 
 def train(config: RunConfig) -> int:
@@ -51,9 +43,11 @@ def train(config: RunConfig) -> int:
     Raises:
         LlmNormError: in one line; the run directory's exit.json keeps code, step and cause.
     """
-    engine = choose_engine()
     directory = RunDirectory(config.output.dir)
     with StopRequest() as stop:
+        meeting = meet(str(directory.path), config.faults.meet_seconds)
+        engine = choose_engine()
+        del meeting  # the group has formed
         if engine.ranks.on_main(lambda: directory.open(config)):
             logger.info("run %s is finished: its model is %s", directory.path, directory.final)
             engine.finish(None)
@@ -64,11 +58,9 @@ def train(config: RunConfig) -> int:
             with directory.telling_when_full():
                 code, cause = trainer.run()
             if engine.ranks.is_main:
-                trainer.record_exit(code, cause)
+                trainer.ending.record(code, cause)
         except Exception as error:
-            kind = "" if isinstance(error, LlmNormError) else f"{type(error).__name__}: "
-            trainer.record_exit(getattr(error, "exit_code", 1), f"{kind}{error}")
-            raise
+            trainer.ending.settle(error)
         finally:
             trainer.close()
         return code
@@ -94,36 +86,64 @@ class Trainer:
         self.directory = directory
         self.stop = stop
         self.step = 0  # completed steps
-        self.skipped = 0  # steps not applied since the run began
-        self.bad_in_a_row = 0
+        self.unvalidated: Record | None = None  # of a step whose validation was cut short
+        self.soundness = Soundness(config.faults)
+        self.ending = Ending(directory, self.ranks, step=lambda: self.step)
+        self.watch = Watch(directory, self.ranks, self.ending, stop, config.faults)
         self.reporter: Reporter | None = None
 
     def run(self) -> tuple[int, str]:
         """Live the whole run; return exit code and cause."""
+        self.watch.begin()
+        self.stop.leave_at_once(self.ending.leave)
         self.build()
-        self.resume()
+        with reading(self.found):
+            self.resume()
         self.ranks.on_main(self.open_reporter)
-        batches = assembly.make_batches(self.config, self.data, self.plan, self.ranks)
-        begun = time.perf_counter()
-        for micro_batches in islice(batches.iterate(self.step), self.plan.steps - self.step):
-            result, stopping = self.take_step(micro_batches)
-            if self.step == self.config.checkpoint.stop_at_step:
-                stopping, self.stop.signal_name = True, "checkpoint.stop_at_step"
-            record = self.record(result, time.perf_counter() - begun)
-            if self.is_due(self.config.eval.interval_steps):
-                record.update(self.validate())
-            if self.reporter is not None:
-                self.reporter.report(record)
-            self.check_soundness(result)
-            every = 0 if self.bad_in_a_row else self.config.checkpoint.interval_steps
-            if stopping or self.is_due(every):  # a bad step displaces no earlier checkpoint
-                self.save(last=stopping or self.step == self.plan.steps)
-            if stopping and self.step < self.plan.steps:
-                self.engine.finish(None)
-                return STOPPED_BY_SIGNAL, self.stop.describe()
-            begun = time.perf_counter()
+        try:
+            self.continue_to_the_end()
+        except Stopping:
+            self.watch.tick("saving")
+            self.save(last=True)
+            self.engine.finish(None)
+            return STOPPED_BY_SIGNAL, self.stop.describe()
         self.finish()
         return 0, "finished"
+
+    def continue_to_the_end(self) -> None:
+        """Take the remaining steps.
+
+        Raises:
+            Stopping: on all ranks, at a step boundary.
+        """
+        if self.unvalidated is not None:
+            self.complete(self.unvalidated)
+        batches = assembly.make_batches(self.config, self.data, self.plan, self.ranks)
+        steps = batches.iterate(self.step)
+        begun = time.perf_counter()
+        for micro_batches in self.stop.waiting(steps, self.plan.steps - self.step):
+            result = self.take_step(micro_batches)
+            self.stop.stay()
+            self.complete(self.record(result, time.perf_counter() - begun))
+            if self.step == self.config.checkpoint.stop_at_step < self.plan.steps:
+                self.stop.signal_name = "checkpoint.stop_at_step"
+                raise Stopping
+            self.watch.tick("data")
+            begun = time.perf_counter()
+
+    def complete(self, record: Record) -> None:
+        """Do what is due after a step: validate, report, save."""
+        self.unvalidated = record
+        if self.is_due(self.config.eval.interval_steps):
+            record.update(self.validate())
+        self.unvalidated = None
+        if self.reporter is not None:
+            self.reporter.report(record)
+        self.soundness.check(self.step, self.last_checkpoint)
+        bad = self.soundness.bad_in_a_row  # a bad step displaces no earlier checkpoint
+        if self.is_due(0 if bad else self.config.checkpoint.interval_steps):
+            self.watch.tick("saving")
+            self.save(last=self.step == self.plan.steps)
 
     def build(self) -> None:
         """Make data, plan, model and engine; find the checkpoint to continue from."""
@@ -136,8 +156,10 @@ class Trainer:
         init_from = training.init_from if self.found is None else None
         self.model = assembly.make_model(config, self.data, init_from)
         start = environment.start_record(self.ranks)
+        parts = config, self.data, self.plan, self.model
+        describe = partial(assembly.describe_run, *parts, self.device, self.found)
         self.facts = self.ranks.on_main(
-            lambda: remember_start(self.directory.environment_file, self.describe, start)
+            lambda: remember_start(self.directory.environment_file, describe, start)
         )
         assembly.check_same_data(self.facts, self.data, self.directory.path)
         self.precision = Precision(**{**self.facts["precision"], "device_type": self.device.type})
@@ -162,21 +184,6 @@ class Trainer:
         asked = section.resume
         return self.checkpoints.choose(None if asked in ("auto", "never") else Path(asked))
 
-    def describe(self) -> dict[str, Any]:
-        """Return what environment.json says of a run at its first start (rank 0)."""
-        saved = {} if self.found is None else read_state(self.found)
-        precision = decide_precision(
-            saved.get("precision", self.config.training.precision),
-            self.device,
-            hidden_size=self.model.config.hidden_size,
-            tokens=self.plan.micro_batch_size * self.config.data.seq_len,
-        )
-        return {
-            **assembly.describe_run(self.config, self.data, self.plan, self.model),
-            "optimizer": describe_groups(self.model, self.config.optimizer),
-            "precision": asdict(precision),
-        }
-
     def resume(self) -> None:
         """Take weights, optimizer, random states and counters from the checkpoint, if any."""
         if self.found is None:
@@ -185,8 +192,8 @@ class Trainer:
         read_rng(self.found, self.ranks.rank)
         state = read_state(self.found)
         self.step = state["step"]
-        self.skipped = state["skipped_steps"]
-        self.bad_in_a_row = state["bad_in_a_row"]
+        self.soundness.load_state(state["soundness"])
+        self.unvalidated = state["unvalidated"]
         logger.info("continuing from %s", self.found)
 
     def open_reporter(self) -> None:
@@ -201,21 +208,27 @@ class Trainer:
         per_token = environment.flops_per_token(self.model, self.config.data.seq_len)
         self.pace = Pace(self.plan, per_token / (flops * self.ranks.world))
 
-    def take_step(self, micro_batches: list[MicroBatch]) -> tuple[StepResult, bool]:
-        """Do one optimizer step; return its outcome and whether some rank was told to stop."""
+    def take_step(self, micro_batches: list[MicroBatch]) -> StepResult:
+        """Do one optimizer step.
+
+        Raises:
+            Stopping: instead, on all ranks, if some rank was told to stop.
+        """
+        self.watch.tick("step")
         own = sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)
         count, stopping, saving = self.ranks.sums(own, self.stop.requested, self.saver.busy)
+        if stopping:
+            raise Stopping
         if not saving:
             self.saver.advance()
         loss_sum = self.engine.backward(micro_batches, count)
         factor, max_norm = self.plan.schedule(self.step), self.config.training.clip_norm
+        applied = self.step - self.soundness.skipped
         result = self.engine.clip_and_step(
-            loss_sum, count, factor=factor, max_norm=max_norm, step=self.step - self.skipped + 1
+            loss_sum, count, factor=factor, max_norm=max_norm, step=applied + 1
         )
         self.step += 1
-        self.skipped += not result.applied
-        self.bad_in_a_row = 0 if result.applied else self.bad_in_a_row + 1
-        return result, stopping > 0
+        return result
 
     def record(self, result: StepResult, seconds: float) -> Record:
         """Return the metrics of the step just taken."""
@@ -225,7 +238,7 @@ class Trainer:
             "train/loss": result.loss,
             "lr": self.config.optimizer.lr * self.plan.schedule(self.step - 1),
             "grad_norm": result.grad_norm,
-            "skipped_steps": self.skipped,
+            **self.soundness.judge(self.step, result),
         }
         if self.reporter is not None:
             record.update(self.pace.measure(self.step, seconds, self.device))
@@ -237,41 +250,20 @@ class Trainer:
 
     def validate(self) -> Record:
         """Score the validation documents (of which there may be none) in the run's precision."""
-        documents = self.data.validation_documents(self.config.eval.max_documents)
-        if documents is None:
-            return {}
-        with self.precision.autocast():
-            score = score_documents(
-                self.model,
-                documents,
-                eos_token_id=self.data.eos_token_id,
-                seq_len=self.config.data.seq_len,
-                batch_size=self.config.eval.batch_size,
-                rank=self.ranks.rank,
-                world=self.ranks.world,
-            )
-        return {"val/loss": score.loss, "val/bits_per_byte": score.bits_per_byte}
+        how = self.config, self.ranks, self.precision
+        return score_validation(self.model, self.data, *how, between=self.between_batches)
 
-    def check_soundness(self, result: StepResult) -> None:
-        """Speak of a skipped step; stop after too many in a row.
+    def between_batches(self) -> None:
+        """Cut a validation short, on all ranks, if some rank was told to stop."""
+        self.watch.tick("validation")
+        (stopping,) = self.ranks.sums(self.stop.requested)
+        if stopping:
+            raise Stopping
 
-        Raises:
-            Diverged: naming the last checkpoint.
-        """
-        if result.applied:
-            return
-        logger.warning(
-            "step %d skipped: loss %s, gradient norm %s; weights and optimizer are unchanged",
-            *(self.step, result.loss, result.grad_norm),
-        )
-        if self.bad_in_a_row >= MOST_BAD_STEPS:
-            self.saver.wait()
-            last = next(iter(self.checkpoints.folders()), "none")
-            raise Diverged(
-                f"loss or gradient was not finite for {MOST_BAD_STEPS} steps in a row up to step "
-                f"{self.step}; last checkpoint: {last}; start again with a lower optimizer.lr in "
-                "another output.dir"
-            )
+    def last_checkpoint(self) -> str:
+        """Return the run's newest checkpoint, after the save under way."""
+        self.saver.wait()
+        return str(next(iter(self.checkpoints.folders()), "none"))
 
     def save(self, *, last: bool) -> None:
         """Write a checkpoint of the completed steps, metrics first; `last`: nothing follows."""
@@ -279,28 +271,27 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.step * self.plan.tokens_per_step,
-            "skipped_steps": self.skipped,
-            "bad_in_a_row": self.bad_in_a_row,
+            "soundness": self.soundness.state(),
+            "unvalidated": self.unvalidated,
             "precision": self.precision.name,
         }
         self.saver.save(self.step, self.engine.pieces(), state, first=first, last=last)
 
     def finish(self) -> None:
         """Write the Hugging Face folder `final/`: model and tokenizer."""
+        self.watch.tick("finishing")
         self.engine.finish(self.directory.final_in_making)
         if self.ranks.is_main:
             self.data.tokenizer().save_pretrained(self.directory.final_in_making)
             self.directory.publish_final()
             logger.info("finished: the model is in %s", self.directory.final)
 
-    def record_exit(self, code: int, cause: str) -> None:
-        """Keep the exit code and its cause in exit.json, whatever a launcher makes of them."""
-        self.directory.write_exit(code=code, step=self.step, cause=cause, rank=self.ranks.rank)
-
     def close(self) -> None:
         """Close files; let other runs into the directory."""
+        self.watch.close()
         if hasattr(self, "saver"):
             self.saver.close()
         if self.reporter is not None:
             self.reporter.close()
         self.directory.close()
+        self.ending.close()

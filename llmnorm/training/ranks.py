@@ -5,13 +5,18 @@ border: values travel as numbers or as JSON in byte tensors.
 """
 
 import json
+import os
+import socket
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistNetworkError, Store, TCPStore
 
-from llmnorm.errors import LlmNormError
+from llmnorm.errors import EnvironmentProblem, LlmNormError
 
 
 class Ranks:
@@ -95,3 +100,78 @@ class Ranks:
         if "code" in answer:
             raise SystemExit(answer["code"])
         return answer["value"]
+
+
+def meet(run: str, seconds: float) -> Store | None:
+    """Wait until every process that the launcher speaks of is here, or say which is not.
+
+    The engine's process group forms at the same address and would wait for hours.
+
+    Args:
+        run: names the run, so that one that uses the same port by mistake is not met.
+        seconds: how long to wait for the others.
+
+    Returns:
+        The store, to be held while the process group forms (rank 0 serves it); None for a run of
+        one process.
+
+    Raises:
+        EnvironmentProblem: if some rank does not come, comes twice, or the port is taken.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world == 1:
+        return None
+    if not 0 <= rank < world:
+        raise EnvironmentProblem(f"the launcher says RANK={rank} of WORLD_SIZE={world}; mend it")
+    end = time.monotonic() + seconds
+    store, place = _store(rank, end)
+    keys = [f"llmnorm/{run}/{number}" for number in range(world)]
+    if store.add(keys[rank], 1) > 1:
+        raise EnvironmentProblem(f"two processes say RANK={rank} at {place}; mend the launcher")
+    while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
+        if time.monotonic() > end:
+            raise EnvironmentProblem(
+                f"of {world} ranks, {', '.join(map(str, missing[:20]))} did not come to {place} in "
+                f"{seconds:.0f} s; start all, or raise faults.meet_seconds"
+            )
+        time.sleep(0.05)
+    return store
+
+
+def _store(rank: int, end: float) -> tuple[Store, str]:
+    """Serve the store (rank 0, unless the launcher does) or reach it; return it and its address."""
+    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    place, serves = f"{host}:{port}", rank == 0 and not _agent_serves()
+    try:
+        if serves:
+            socket.create_server(("", port)).close()  # torch says the same in fifty lines
+        else:
+            _reach(host, port, end)
+        left = timedelta(seconds=max(1.0, end - time.monotonic()))
+        store = TCPStore(
+            *(host, port, None, serves, left), wait_for_workers=False, multi_tenant=serves
+        )
+    except (OSError, DistNetworkError, ValueError) as error:
+        seen = str(error).partition("\n")[0][:120]
+        raise EnvironmentProblem(
+            f"rank {rank} cannot {'listen' if serves else 'meet the others'} at {place}: {seen}; "
+            "choose a free MASTER_PORT on rank 0's machine, the same for all"
+        ) from error
+    return store, place
+
+
+def _reach(host: str, port: int, end: float) -> None:
+    """Wait until somebody listens."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def _agent_serves() -> bool:
+    """Whether torchrun (or accelerate launch) holds the store itself."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
