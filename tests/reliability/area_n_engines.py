@@ -1,17 +1,18 @@
 """N: the same run file gives the same losses on every engine."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from reliability.area_c import same_losses
+from reliability.area_n import far, ragged, weights
 from reliability.engines import ENGINES, finished, import_engines
 from reliability.harness import Trial, bar
-from reliability.runs import words
-from training.conftest import numbers
+from reliability.runs import PRETRAIN, clean_environment
+from training.conftest import metrics, numbers
 
-from llmnorm.training.pieces import PieceReader
-
+ROOT = PRETRAIN.parents[1]
 STEPS = 20
 LOSS_TOLERANCE = 5e-7  # relative, per step, float32
 WEIGHT_TOLERANCE = 1e-5  # relative L2: Adam amplifies gradients near zero
@@ -23,27 +24,14 @@ SPLITS: list[tuple[str, int, int]] = [
 
 
 def _words(output: Path, **changes: Any) -> list[str]:
-    """5 rows, documents masked: ranks and micro-batches have unequal numbers of targets."""
-    fixed: dict[str, Any] = {
-        "training__max_steps": STEPS,
-        "training__global_batch_size": 5,
-        "data__document_mask": True,
-        "optimizer__lr": 3e-3,
-        "training__clip_norm": 0.5,
-    }
-    return words(output, **{**fixed, **changes})
+    """Ragged batches, and a clip that bites."""
+    return ragged(output, **{"training__clip_norm": 0.5, **changes})
 
 
 def _reference(folder: Path) -> Path:
     import_engines()
     finished("plain", 1, _words(folder / "alone"), folder / "logs")
     return folder / "alone"
-
-
-def _weights(run: Path) -> torch.Tensor:
-    reader = PieceReader(run / "checkpoints" / f"step_{STEPS:08d}", "model")
-    sizes = {name: sum(p.numel for p in reader._pieces(name)) for name in sorted(reader.names())}
-    return torch.cat([reader.flat(name, 0, size) for name, size in sizes.items()]).double()
 
 
 @bar("N1", "activations recomputed: bit for bit", total=5, ci=1, prepare=_reference)
@@ -81,6 +69,70 @@ def every_engine(trial: Trial) -> None:
     finished(engine, world, _words(run, **changes), trial.folder / "logs")
     worst = same_losses(run, trial.shared, 1)
     assert worst <= LOSS_TOLERANCE, f"losses differ by {worst:.1e} relative"
-    one, other = _weights(trial.shared), _weights(run)
-    distance = ((one - other).norm() / one.norm()).item()
+    distance = far(weights(trial.shared, STEPS), weights(run, STEPS))
     assert distance <= WEIGHT_TOLERANCE, f"weights differ by {distance:.1e} in relative L2"
+
+
+FILES = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPObjective",
+    "zero1": "DeepSpeedEngine",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+}
+
+
+@bar(
+    "N3a",
+    "accelerate launch with each file of configs/accelerate",
+    total=len(FILES),
+    ci=len(FILES),
+    seconds=150,
+    prepare=_reference,
+)
+def launched(trial: Trial) -> None:
+    """The README's command, from the root of the checkout; the log names the engine's class."""
+    name = list(FILES)[trial.index]
+    trial.note(name)
+    run, log = trial.folder / "run", trial.folder / "launch.log"
+    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    with log.open("wb") as handle:
+        code = subprocess.run(
+            [*launch, str(PRETRAIN), *_words(run, training__micro_batch_size=2)],
+            cwd=ROOT,
+            env=clean_environment({}),
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-3000:]
+    assert f"2 processes, {FILES[name]}" in text, text[-3000:]
+    worst = same_losses(run, trial.shared, 1)
+    assert worst <= LOSS_TOLERANCE, f"losses differ by {worst:.1e} relative"
+
+
+@bar("N4", "blocks compiled, on every engine", total=3, ci=0, seconds=400, prepare=_reference)
+def compiled(trial: Trial) -> None:
+    engine, world = (("plain", 1), ("plain", 2), ("fsdp2", 2))[trial.index]
+    trial.note(f"{engine}-{world}")
+    run = trial.folder / "run"
+    changes = {"training__compile": True, "training__micro_batch_size": 2}
+    finished(engine, world, _words(run, **changes), trial.folder / "logs", seconds=380)
+    worst = same_losses(run, trial.shared, 1)
+    assert worst <= 1e-6, f"losses differ by {worst:.1e} relative"
+
+
+@bar("N6", "curves after 200 steps", total=len(ENGINES), ci=0, seconds=400, prepare=_reference)
+def curves(trial: Trial) -> None:
+    engine = list(ENGINES)[trial.index]
+    trial.note(engine)
+    alone, pair = trial.folder / "alone", trial.folder / "pair"
+    long = {"training__max_steps": 200, "eval__interval_steps": 100}
+    finished("plain", 1, _words(alone, **long), trial.folder / "logs", seconds=180)
+    finished(engine, 2, _words(pair, **long), trial.folder / "logs", seconds=200)
+    last, other = metrics(alone)[-1], metrics(pair)[-1]
+    for key in ("train/loss", "val/loss"):
+        assert abs(other[key] / last[key] - 1) <= 1e-4, (key, last[key], other[key])
