@@ -39,6 +39,11 @@ def calibrated(config: LlmNormConfig) -> LlmNormConfig:
     return _started(config, starts)
 
 
+def assumed(config: LlmNormConfig) -> LlmNormConfig:
+    """The config with starts of 1 where they would be measured: the same sizes, nothing built."""
+    return _started(config, [1.0] * (2 * config.num_hidden_layers))
+
+
 @torch.no_grad()
 def branch_variances(config: LlmNormConfig) -> list[float]:
     """Var F of each sublayer, in order, of the initial model of seed 0 on random tokens.

@@ -83,6 +83,11 @@ def config_file(name: str) -> Path:
     raise ConfigError(f"{name!r:.200} is neither a file nor the name of a recipe{hint}")
 
 
+def engine_file(name: str) -> Path:
+    """Return the file of DeepSpeed's settings that llmnorm carries, such as that of `zero2`."""
+    return _root() / "configs" / "deepspeed" / f"{name}.json"
+
+
 def _size(name: str) -> tuple[float, str]:
     """Sort key: the parameter count in a name like `130m`; names without one come first."""
     match = re.fullmatch(r"(?:.*/)?(\d+)([mb])", name)

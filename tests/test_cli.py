@@ -21,6 +21,7 @@ from llmnorm.modeling.operations import list_norms
 from llmnorm.placements import list_placements
 from llmnorm.resources import list_presets
 
+COMMANDS = ["data", "train", "eval", "generate", "compare", "list", "verify", "validate", "doctor"]
 Result = tuple[int, str, str]
 
 
@@ -46,12 +47,12 @@ def call(monkeypatch, capsys) -> Callable[..., Result]:
 def test_help_names_every_command(call, words):
     code, out, _ = call(*words)
     assert code == 0
-    for command in ("data", "train", "eval", "generate", "compare", "list", "validate"):
+    for command in COMMANDS:
         assert f"\n  {command}" in out
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("command", ["data", "train", "eval", "generate", "compare", "list"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
@@ -91,7 +92,7 @@ def test_list_presets_shows_parameter_counts(call):
 
 @pytest.mark.fast
 def test_validate_prints_the_resolved_run_file(call):
-    code, out, err = call("validate", "quickstart", "--optimizer.lr", "1e-2")
+    code, out, err = call("validate", "quickstart", "--resolve", "--optimizer.lr", "1e-2")
     assert (code, err) == (0, "")
     assert "  lr: 0.01\n" in out
     assert "  final_lr_fraction: 0.1\n" in out
@@ -102,8 +103,8 @@ def test_validate_prints_the_resolved_run_file(call):
     "words", [["quickstart"], ["--config", "quickstart"], ["--config=quickstart"]]
 )
 def test_the_run_file_comes_by_position_or_as_a_flag(call, words):
-    assert call("validate", *words)[0] == 0
-    assert call("validate", "--training.seed", "3", *words)[0] == 0
+    assert call("validate", "--resolve", *words)[0] == 0
+    assert call("validate", "--resolve", "--training.seed", "3", *words)[0] == 0
 
 
 @pytest.mark.fast
@@ -219,7 +220,7 @@ def test_python_m_llmnorm_is_the_command():
 
 
 def test_a_closed_pipe_ends_the_command_quietly():
-    with python("-m", "llmnorm", "validate", "quickstart") as process:
+    with python("-m", "llmnorm", "validate", "quickstart", "--resolve") as process:
         process.stdout.close()
         err = process.stderr.read()
         process.wait(timeout=60)

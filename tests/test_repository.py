@@ -45,6 +45,8 @@ LAYERS = {
     "evaluation": 7,
     "training": 8,
     "listing": 9,
+    "planning": 9,
+    "doctor": 9,
     "verify": 9,
     "cli": 9,
     "__main__": 10,

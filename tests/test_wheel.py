@@ -81,5 +81,5 @@ print(*list_presets())
 
 def test_the_command_of_the_wheel_finds_recipes_by_name(installed, tmp_path):
     assert "  preset: 130m\n" in run(
-        installed / "llmnorm", "validate", "pretrain/130m", cwd=tmp_path
+        installed / "llmnorm", "validate", "--resolve", "pretrain/130m", cwd=tmp_path
     )

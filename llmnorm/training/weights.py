@@ -6,7 +6,7 @@ weights that are copied replace them.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +35,66 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """
     _check_wiring(model, folder)
     wanted = dict(model.named_parameters())
-    stored = _read(folder, 1000 + 4 * len(wanted))
+    stored = _read(folder, 1000 + 4 * len(wanted), lambda handle, key: handle.get_tensor(key))
     ties = _ties(model)
-    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-    problems += [
-        f"{name} is not in the model" for name in stored.keys() - wanted.keys() - ties.keys()
-    ]
-    problems += _shape_problems(wanted, stored)
+    problems = _differences(wanted, stored, ties)
     problems += [
         f"{name} is not {owner}, to which this model ties it"
         for name, owner in ties.items()
         if name in stored and owner in stored and not torch.equal(stored[name], stored[owner])
     ]
     problems += [f"{name} is not finite" for name, t in stored.items() if not _is_finite(t)]
-    if problems:
-        raise CheckpointError(
-            f"training.init_from={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
-            "expected the weights of this preset, norm and placement"
-        )
+    _refuse(folder, problems)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(stored[name])
     logger.info("weights taken from %s", folder)
 
 
-def _read(folder: Path, most_tensors: int) -> dict[str, Tensor]:
-    """Return all tensors of a folder's safetensors files."""
+def check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Check without reading values whether `load_weights` would take a folder.
+
+    Raises:
+        CheckpointError: if there are no weights, or names, shapes or wiring differ.
+    """
+    _check_wiring(model, folder)
+    wanted = dict(model.named_parameters())
+
+    def shape(handle: Any, key: str) -> Tensor:
+        return torch.empty(handle.get_slice(key).get_shape(), device="meta")
+
+    stored = _read(folder, 1000 + 4 * len(wanted), shape)
+    _refuse(folder, _differences(wanted, stored, _ties(model)))
+
+
+def _differences(
+    wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], ties: Mapping[str, str]
+) -> list[str]:
+    problems = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    problems += [
+        f"{name} is not in the model" for name in stored.keys() - wanted.keys() - ties.keys()
+    ]
+    return problems + _shape_problems(wanted, stored)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(
+            f"training.init_from={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
+            "expected the weights of this preset, norm and placement"
+        )
+
+
+def _read(
+    folder: Path, most_tensors: int, get: Callable[[Any, str], Tensor]
+) -> dict[str, Tensor]:
+    """Return all tensors of a folder's safetensors files, each got from its open file."""
     stored: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
             check_inside(path, folder)
             with open_safetensors(path, most_tensors=most_tensors) as handle:
-                stored.update({key: handle.get_tensor(key) for key in list(handle.keys())})
+                stored.update({key: get(handle, key) for key in list(handle.keys())})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"training.init_from: weights cannot be read: {error}") from error
     if not stored:
@@ -84,6 +112,7 @@ def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
     assert isinstance(model.config, LlmNormConfig)
     path = folder / "config.json"
     try:
+        check_inside(path, folder)
         text = read_json(path)
         wanted = _wiring(model.config)
         if text.get("model_type") == LlmNormConfig.model_type:
