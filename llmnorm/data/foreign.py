@@ -264,8 +264,9 @@ def _stretch(file: Path, offset: int, dtype: np.dtype, count: int | None) -> Str
 def _read_npy(file: Path) -> Stretch:
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a readable .npy file: {error}") from None
+    except Exception as error:  # of many kinds: file system, header's syntax, numpy
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{file}: not a readable .npy file: {reason}") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise DataError(
             f"{file} holds {tokens.dtype}{list(tokens.shape)}; expected one row of integers"

@@ -57,8 +57,22 @@ class Prepared:
         }
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer the tokens were made with."""
-        return saved_tokenizer(self.path)
+        """The tokenizer the tokens were made with.
+
+        Raises:
+            DataError: its files were removed or changed since the folder was opened.
+        """
+        entries = self.manifest.tokenizer.files
+        try:
+            for entry in entries:
+                check_size(self.path, entry)
+            _check_hashes(self.path, entries)
+            return saved_tokenizer(self.path)
+        except DataError:
+            raise
+        except Exception as error:  # of many kinds, from transformers, the parser, the file system
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            raise DataError(f"{self.path}: its tokenizer cannot be loaded: {reason:.160}") from None
 
     def split(self, name: SplitName) -> "Split":
         """The split ``train`` or ``val``.
@@ -83,14 +97,18 @@ class Prepared:
                     f"{file}: {name} is not in the manifest; a foreign shard, remove it"
                 )
         if verify:
-            hashes = hash_files([self.path / entry.name for entry in entries])
-            for entry, sha256 in zip(entries, hashes, strict=True):
-                if sha256 != entry.sha256:
-                    raise DataError(
-                        f"{self.path / entry.name}: SHA-256 is {sha256[:12]}, the manifest says "
-                        f"{entry.sha256[:12]}; the file is damaged or of other data, restore it or "
-                        "prepare again"
-                    )
+            _check_hashes(self.path, entries)
+
+
+def _check_hashes(folder: Path, entries: Sequence[FileEntry]) -> None:
+    hashes = hash_files([folder / entry.name for entry in entries])
+    for entry, sha256 in zip(entries, hashes, strict=True):
+        if sha256 != entry.sha256:
+            raise DataError(
+                f"{folder / entry.name}: SHA-256 is {sha256[:12]}, the manifest says "
+                f"{entry.sha256[:12]}; the file is damaged or of other data, restore it or "
+                "prepare again"
+            )
 
 
 class Split:

@@ -124,7 +124,7 @@ class ArrayFile:
                     raise ValueError(f"version {version}")
                 shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
                 first_byte = stream.tell()
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # of many kinds: file system, header's syntax, numpy
             reason = str(error).partition("\n")[0]
             raise DataError(f"{self.path}: not a readable .npy file: {reason}") from None
         if dtype != self.dtype or shape != self.shape or by_columns:
