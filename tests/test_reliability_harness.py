@@ -162,6 +162,26 @@ def test_a_failed_preparation_and_many_skips_fail_the_run(go) -> None:
     assert "21 trials skipped, more than 20" in text
 
 
+def test_a_bar_without_trials_fails_the_run(go) -> None:
+    code, _, text = go(make("Z1", passing, total=lambda shared: 0), make("Z2", passing))
+    assert code == 1
+    assert "FAILED: Z1" in text
+
+
+def test_the_command_line_refuses_a_bar_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "reliability", "--trial", "Q9:1"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no bar is named Q9:1" in done.stderr
+
+
+def test_make_replays_with_the_trial_and_seed_that_a_failure_names() -> None:
+    command = ["make", "-n", "replay", "TRIAL=A1:17", "SEED=5"]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=True)
+    assert "reliability --seed 5 --trial A1:17" in done.stdout
+
+
 def test_a_commit_chooses_trials_evenly_and_all_commits_choose_all() -> None:
     assert choose(7, 9, "any") == list(range(7))
     chosen = choose(100, 20, "one")

@@ -39,8 +39,8 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        """Whether all its trials were run and none failed."""
-        return self.finished and len(self.attempts) >= self.trials and not self.count("failed")
+        """Whether it has trials, all were run and none failed."""
+        return self.finished and 0 < self.trials <= len(self.attempts) and not self.count("failed")
 
     @property
     def tried(self) -> int:

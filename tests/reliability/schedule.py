@@ -83,6 +83,8 @@ class Run:
 
                 serve(group, self.work, self.seed, self.chosen, send)
             code = 0
+        except KeyboardInterrupt:
+            code = 130
         except BaseException:
             traceback.print_exc()
         finally:
@@ -132,7 +134,7 @@ class Run:
         if self.tier == "nightly":
             whole = [tally for tally in tallies if tally.finished]
             write_table(TABLE, whole, seed=self.seed, commit=self.shown_commit)
-            self.progress.forget(self.tallies)
+            self.progress.forget(tally.bar.id for tally in whole)
         if skipped > MOST_SKIPPED[self.tier]:
             wrong.append(f"{skipped} trials skipped, more than {MOST_SKIPPED[self.tier]}")
         tried, passed = sum(t.tried for t in tallies), sum(t.count("passed") for t in tallies)
