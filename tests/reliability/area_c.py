@@ -68,7 +68,8 @@ def same_losses(run: Path, reference: Path, first: int) -> float:
 def continued_elsewhere(trial: Trial) -> None:
     (engine, world), (next_engine, next_world) = TRANSITIONS[trial.index]
     trial.note(f"{engine}-{world} to {next_engine}-{next_world}")
-    before, after = trial.folder / "before", trial.folder / "after"
+    before = trial.shared.parent / f"{engine}-{world}"  # made by the first trial that needs it
+    after = trial.folder / "after"
     finished(engine, world, run_words(before), trial.folder / "logs")
     assert same_losses(before, trial.shared, 1) <= LOSS_TOLERANCE
     place = before / "checkpoints" / f"step_{CUT:08d}"
