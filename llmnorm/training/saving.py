@@ -146,12 +146,15 @@ class Saver:
             self.advance()
 
     def close(self) -> None:
-        """Leave no thread behind; with one process, finish the save under way."""
+        """Leave no thread and nothing half written; with one process, finish the save under way."""
         if self._under_way is not None:
             self._under_way.result()
         if self.ranks.world == 1:
             with suppress(CheckpointError):  # the run ends for another reason
                 self.wait()
+        if self.ranks.is_main:
+            with suppress(OSError):  # another rank may still write
+                self._clear()
 
     def _tell(
         self,
@@ -187,8 +190,7 @@ class Saver:
         first()
         if folder.exists() and self._is_sound(folder):
             return "there"  # a start that took no step
-        for left in self.root.glob(".step_*"):
-            _remove(left)
+        self._clear()
         self._check_room(need)
         hidden.mkdir()
         return "opened"
@@ -260,10 +262,14 @@ class Saver:
             for folder in doomed:
                 self._read_back.pop(folder.name, None)
                 folder.rename(self.root / f".{folder.name}.old")
-            for left in self.root.glob(".step_*"):
-                _remove(left)
+            self._clear()
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be deleted: %s", self.root, error)
+
+    def _clear(self) -> None:
+        """Delete what has no name yet, or no longer."""
+        for left in self.root.glob(".step_*"):
+            _remove(left)
 
     def _is_sound(self, folder: Path) -> bool:
         """Whether a checkpoint reads back; each is read once."""

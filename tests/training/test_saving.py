@@ -150,6 +150,9 @@ def test_what_a_killed_save_left_is_never_read_and_cleared_by_the_next(
     assert checkpoints.newest() == first
     save(checkpoints, 2)
     assert _hidden(checkpoints.root) == []
+    first.rename(checkpoints.root / ".step_00000001.old")
+    Saver(checkpoints, keep=2, overlap=True).close()  # of a start that had nothing to save
+    assert _hidden(checkpoints.root) == []
 
 
 @pytest.mark.fast
