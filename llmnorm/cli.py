@@ -146,7 +146,7 @@ def _report(error: LlmNormError) -> None:
     if rank != "0":
         if not error.settled:
             time.sleep(_GRACE_SECONDS)  # the launcher ends this process when rank 0 failed too
-        prefix = f"[rank {rank}] "
+        prefix = "" if str(error).startswith(f"rank {rank} ") else f"[rank {rank}] "
     for line in (str(error) or type(error).__name__).split("\n"):
         sys.stderr.write(one_line(prefix + line) + "\n")
     sys.stderr.flush()

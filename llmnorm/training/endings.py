@@ -93,17 +93,18 @@ class Ending:
         if not self.record(told.exit_code, cause):
             end = self.directory.read_exit() or {"code": told.exit_code}
             raise SystemExit(end["code"]) from error
+        if told is not error:
+            with suppress(OSError), open(self.trace_file, "a", encoding="utf-8") as file:
+                file.writelines(traceback.format_exception(error))
         told.settled = True
         raise told from told.__cause__
 
     def _explain(self, error: Exception) -> LlmNormError:
-        """Keep the trace of an unexpected error; a peer that died goes first."""
+        """Return one line for an unexpected error; a peer that died goes first."""
         if self.world > 1 and isinstance(error, RuntimeError):
             end = time.monotonic() + _VERDICT_SECONDS
             while time.monotonic() < end and not self.directory.exit_file.exists():
                 time.sleep(0.05)
-        with suppress(OSError), open(self.trace_file, "a", encoding="utf-8") as file:
-            file.writelines(traceback.format_exception(error))
         where = f"rank {self.rank} failed in step {self.step() + 1}"
         what = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
         kind: type[LlmNormError] = Crashed

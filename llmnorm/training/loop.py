@@ -164,6 +164,7 @@ class Trainer:
         assembly.check_same_data(self.facts, self.data, self.directory.path)
         self.precision = Precision(**{**self.facts["precision"], "device_type": self.device.type})
         objective = Objective(self.model)
+        objective.register_forward_pre_hook(lambda *_: self.watch.tick())
         if training.activation_checkpointing:
             self.model.activation_checkpointing_enable()
         if self.ranks.on_main(lambda: decide_compile(training.compile, self.device)):

@@ -8,11 +8,13 @@ leads anywhere: it is one of these or the folder is refused before anything else
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmnorm.durable import sha256_of
-from llmnorm.errors import CheckpointError
+from llmnorm.errors import CheckpointError, LlmNormError
 from llmnorm.safe_files import read_json
 
 FORMAT = 1
@@ -97,6 +99,24 @@ def _check_file(path: Path, entry: Any) -> None:
         raise Damaged(f"{path.name} has {seen} bytes, expected {size!r:.20}")
     if sha256_of(path) != digest:
         raise Damaged(f"{path.name} does not match its SHA-256")
+
+
+@contextmanager
+def reading(folder: Path | None) -> Iterator[None]:
+    """Say in one line when a verified checkpoint holds what no run writes.
+
+    Raises:
+        CheckpointError: instead of the errors of those who looked for something else in it.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if isinstance(error, LlmNormError):
+            raise
+        raise CheckpointError(
+            f"{folder} holds what no run writes ({error!r:.80}); "
+            "remove this checkpoint to continue from the one before"
+        ) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:

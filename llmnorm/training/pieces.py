@@ -103,7 +103,7 @@ class PieceReader:
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
-        self.folder = folder
+        self.folder, self.prefix = folder, prefix
         self._where: dict[str, list[_Stored]] = {}
         for path in sorted(folder.glob(f"{prefix}-*-of-*.safetensors")):
             try:
@@ -153,7 +153,7 @@ class PieceReader:
         Only the files that hold them are read, and of these only the rows that are needed.
 
         Raises:
-            CheckpointError: if pieces are missing or overlap.
+            CheckpointError: if pieces are missing or overlap, or weights are no numbers.
         """
         parts, expected = [], start
         for piece in self._pieces(key):
@@ -168,7 +168,10 @@ class PieceReader:
             expected = high
         if expected != stop:
             raise CheckpointError(f"{self.folder}: {key} ends at {expected}, expected {stop}")
-        return torch.cat(parts) if parts else torch.empty(0)
+        values = torch.cat(parts) if parts else torch.empty(0)
+        if self.prefix == "model" and not values.isfinite().all():
+            raise CheckpointError(f"{self.folder}: {key} is not finite, which no run saves")
+        return values
 
 
 class _Stored:

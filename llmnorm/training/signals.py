@@ -15,7 +15,8 @@ STOPPED_BY_SIGNAL = 75
 continue (the number is sysexits' EX_TEMPFAIL, "try again later")."""
 _INTERRUPTED = 128 + signal.SIGINT
 
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask a run to stop."""
 _AT_ONCE_SECONDS = 5.0
 
 Item = TypeVar("Item")
@@ -48,7 +49,7 @@ class StopRequest:
         self._last_interrupt = -_AT_ONCE_SECONDS
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in _WATCHED}
+        self._before = {number: signal.signal(number, self._note) for number in WATCHED}
         return self
 
     def __exit__(self, *_: object) -> None:

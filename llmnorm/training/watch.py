@@ -8,12 +8,14 @@ Either way one rank says so in one line and all leave (`endings.py`). The thread
 while the main thread waits in C code, where Python's own handlers do not run.
 """
 
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
 import socket
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -23,6 +25,7 @@ from typing import Any
 from llmnorm.config import FaultsSection
 from llmnorm.training.directory import RunDirectory
 from llmnorm.training.endings import Ending
+from llmnorm.training.launch import LAUNCHER
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.signals import StopRequest
 
@@ -31,6 +34,8 @@ _GRACE_SECONDS = 2.0
 """How long a rank may take to leave by itself after another one recorded the run's end."""
 _DEATH = 3
 """Exit code when a rank died or hangs: that of `EnvironmentProblem`."""
+_PARENT = -1
+"""Stands among the ranks for the launcher."""
 _STAGES = ("start", "data", "step", "validation", "saving", "finishing", "done")
 _PATIENT = ("start", "saving", "finishing")
 
@@ -81,8 +86,10 @@ class Watch:
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         for rank, (place, pid) in enumerate(places):
-            if place == here and rank != self.ranks.rank and hasattr(os, "pidfd_open"):
+            if place == here and rank != self.ranks.rank:
                 self._follow(rank, pid)
+        if launcher := os.environ.get(LAUNCHER):
+            self._follow(_PARENT, int(launcher))
         self._wakeup_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -110,10 +117,13 @@ class Watch:
         self.folder.mkdir()
 
     def _follow(self, rank: int, pid: int) -> None:
+        """Have the end of a local process wake the thread, where the system can do so."""
+        if not hasattr(os, "pidfd_open"):
+            return
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._gone(rank, "died")
+            self._ended(rank, "died")
             return
         self._peers[descriptor] = rank
         self._poll.register(descriptor, select.POLLIN)
@@ -181,10 +191,15 @@ class Watch:
         self._poll.unregister(descriptor)
         how = _how_it_died(descriptor)
         os.close(descriptor)
-        if self._read_beat(rank)["stage"] != "done" and self.directory.read_exit() is None:
-            self._gone(rank, how)
+        self._ended(rank, how)
 
-    def _gone(self, rank: int, how: str) -> None:
+    def _ended(self, rank: int, how: str) -> None:
+        """Leave, if another rank ended and nobody has said why; stop, if the launcher did."""
+        if rank == _PARENT:
+            self.stop.ask(signal.SIGTERM)
+            return
+        if self._read_beat(rank)["stage"] == "done" or self.directory.read_exit() is not None:
+            return
         trace = self.directory.path / f"trace-{rank:05d}.txt"
         with suppress(OSError):
             first = trace.read_text(errors="replace").partition("\n")[0]
@@ -222,18 +237,31 @@ class Watch:
 
 
 def _how_it_died(descriptor: int) -> str:
-    """Return what is known of a process that ended: its parent may not have asked yet."""
-    with suppress(OSError, ValueError, IndexError):
-        info = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
-        pid = next(line.split()[1] for line in info.splitlines() if line.startswith("Pid:"))
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        code = os.waitstatus_to_exitcode(int(fields[-1]))
-        return (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"left with exit code {code}"
-        )
+    """Return what the system still knows of a process that ended."""
+    for ask in (_status_of_zombie, _status_after_wait):
+        with suppress(OSError, ValueError, IndexError, StopIteration):
+            code = os.waitstatus_to_exitcode(ask(descriptor))
+            if code < 0:
+                return f"was killed by {signal.Signals(-code).name}"
+            return f"left with exit code {code}"
     return "died without a word (SIGKILL, as by a lack of memory, or os._exit)"
+
+
+def _status_of_zombie(descriptor: int) -> int:
+    """Read the wait status from /proc, before the parent has asked for it."""
+    info = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+    pid = next(line.split()[1] for line in info.splitlines() if line.startswith("Pid:"))
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1])
+
+
+def _status_after_wait(descriptor: int) -> int:
+    """Ask the kernel (Linux 6.15 or newer), after the parent has: ioctl PIDFD_GET_INFO."""
+    get_info, with_exit, exit_code_at = 0xC040FF0B, 1 << 3, 60
+    info = bytearray(struct.pack("=Q", with_exit).ljust(64, b"\0"))
+    fcntl.ioctl(descriptor, get_info, info)
+    if not struct.unpack_from("=Q", info)[0] & with_exit:
+        raise OSError("no exit status")
+    return int(struct.unpack_from("=i", info, exit_code_at)[0])
 
 
 def _namespace() -> int:

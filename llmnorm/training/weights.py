@@ -85,9 +85,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
         )
 
 
-def _read(
-    folder: Path, most_tensors: int, get: Callable[[Any, str], Tensor]
-) -> dict[str, Tensor]:
+def _read(folder: Path, most_tensors: int, get: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
     """Return all tensors of a folder's safetensors files, each got from its open file."""
     stored: dict[str, Tensor] = {}
     try:

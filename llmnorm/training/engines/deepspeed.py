@@ -317,6 +317,7 @@ def _import(*, cpu: bool) -> Any:
         ) from error
     if cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # a skipped step is the loop's to tell
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.13 renames them
         warnings.filterwarnings("ignore", f".*{name}. is deprecated", FutureWarning)
     return deepspeed
