@@ -103,7 +103,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         "flash attention": _flash_attention,
         "disk": lambda: _disk(folder),
         "shared memory": _shared_memory,
-        "all-reduce": lambda: _all_reduce(sys.executable),
+        "all-reduce": _all_reduce,
     }
     for name, check in checks.items():
         try:
@@ -234,7 +234,7 @@ def _shared_memory() -> tuple[str, str]:
     return OK, f"{free / 1e9:.3g} GB free"
 
 
-def _all_reduce(python: str) -> tuple[str, str]:
+def _all_reduce() -> tuple[str, str]:
     """Let processes of this machine sum a tensor: two by gloo, or one a GPU by NCCL."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backend, world = ("nccl", gpus) if gpus > 1 else ("gloo", 2)
@@ -243,7 +243,7 @@ def _all_reduce(python: str) -> tuple[str, str]:
         for rank in range(world):
             words = [backend, f"{folder}/store", str(rank), str(world)]
             with open(f"{folder}/{rank}", "wb") as log:
-                command = [python, "-c", _EXCHANGE, *words]
+                command = [sys.executable, "-c", _EXCHANGE, *words]
                 started.append(subprocess.Popen(command, stdout=log, stderr=log))
         late = False
         for process in started:

@@ -17,9 +17,11 @@ def from_options(engine: str | None, processes: int | None) -> Launch:
     Raises:
         ConfigError: if they contradict each other.
     """
-    world = processes or (1 if engine in (None, "plain") else 2)
+    world = processes
+    if world is None:
+        world = 1 if engine in (None, "plain") else 2
     if world < 1:
-        raise ConfigError(f"--processes {processes}: expected at least 1")
+        raise ConfigError(f"--processes {world}: expected at least 1")
     engine = engine or ("plain" if world == 1 else "ddp")
     if (engine == "plain") != (world == 1) and engine in ("plain", "ddp"):
         other = "ddp" if engine == "plain" else "plain"
@@ -41,10 +43,10 @@ def from_file(path: Path, processes: int | None) -> Launch:
         raise ConfigError(f"--accelerate {path}: cannot be read as text ({error})") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--accelerate {path}: expected a mapping as of configs/accelerate/")
-    world = processes or settings.get("num_processes", 1)
+    world = settings.get("num_processes", 1) if processes is None else processes
     kind = settings.get("distributed_type", "NO")
     if not isinstance(world, int) or world < 1:
-        raise ConfigError(f"--accelerate {path}: num_processes is {world!r}, expected a number")
+        raise ConfigError(f"--accelerate {path}: num_processes is {world!r}, expected at least 1")
     if kind == "FSDP":
         return Launch(engine="fsdp2", world=world)
     if kind == "DEEPSPEED":
