@@ -85,6 +85,17 @@ def test_any_world_sees_the_same_global_batch(
 
 
 @pytest.mark.fast
+def test_a_rank_without_a_row_has_micro_batches_of_the_same_shape(prepared: Prepared) -> None:
+    options = {"world": 4, "micro_batch_size": 2, "global_batch_size": 9}
+    ranks = [make(prepared, rank=rank, **options).step(3) for rank in range(4)]
+    shapes = {tuple(batch["targets"].shape) for batches in ranks for batch in batches}
+    assert {len(batches) for batches in ranks} == {2}
+    assert shapes == {(2, 16)}
+    rows = [[int((b["targets"][:, 0] != -100).sum()) for b in batches] for batches in ranks]
+    assert rows == [[2, 1], [2, 0], [2, 0], [2, 0]]
+
+
+@pytest.mark.fast
 def test_an_epoch_reads_every_sample_once(prepared: Prepared) -> None:
     split = prepared.split("train")
     samples = (split.tokens - 1) // 16

@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llmnorm.errors import ConfigError, DataError, EnvironmentProblem
-from llmnorm.evaluation.perplexity import IGNORED, cut, score_documents, token_nats
+from llmnorm.evaluation.perplexity import (
+    IGNORED,
+    _own_batches,
+    _similar,
+    cut,
+    score_documents,
+    token_nats,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -134,6 +141,21 @@ def test_overlapping_windows_score_only_what_is_new():
         ([0, 1, 2, 3], [1, 2, 3, 4]),
         ([2, 3, 4, 5], [unscored, unscored, 5, 6]),
     ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_every_rank_runs_as_many_forwards_and_every_window_is_scored_once(world):
+    # sharded engines communicate in each forward, so that a rank more or less would hang
+    windows = list(cut(np.arange(200), seq_len=8, stride=8))
+    batches = list(_similar(iter(windows), batch_size=4))
+    dealt = [list(_own_batches(iter(batches), rank, world)) for rank in range(world)]
+    assert {len(own) for own in dealt} == {-(-len(batches) // world)}
+    scored = [w.targets[w.targets != IGNORED] for own in dealt for batch in own for w in batch]
+    assert sorted(np.concatenate(scored).tolist()) == list(range(1, 200))
+    if world == 1:
+        assert [[id(w) for w in batch] for batch in dealt[0]] == [
+            [id(w) for w in batch] for batch in batches
+        ]
 
 
 def test_logits_of_low_precision_are_widened_before_the_softmax():
