@@ -165,7 +165,6 @@ def _other_data(trial: Trial, what: str) -> str:
 )
 def changed(trial: Trial) -> None:
     key, value, named = CHANGED[trial.index]
-    trial.note(named)
     change = {"data__path": _other_data(trial, value)} if key == "data" else {key: value}
     run = trial.folder / "run"
     shutil.copytree(trial.shared, run)
