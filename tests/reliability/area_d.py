@@ -217,7 +217,7 @@ def check_line(message: str, name: Path | str) -> None:
 )
 def a_damaged_folder_is_named_or_read_right(trial: Trial) -> None:
     name, damage = FOLDERS[trial.index]
-    trial.note(name)
+    trial.note(name if name in ("cut", "flipped") else "made otherwise")
     original, expected = trial.shared
     folder = Path(shutil.copytree(original, trial.folder / "data"))
     file = damage(folder, trial.rng)

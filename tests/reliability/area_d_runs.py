@@ -120,7 +120,8 @@ RUNS = [(*change, when) for change in CHANGES.items() for when in (0, 1, RESTART
 )
 def changed_data_ends_in_a_line_or_changes_nothing(trial: Trial) -> None:
     name, act, workers = RUNS[trial.index]
-    trial.note(f"{name}, " + ("restart" if workers == RESTART else f"{workers} workers"))
+    trial.note("restart" if workers == RESTART else f"{workers} workers")
+    print(name)
     shared: Straight = trial.shared
     folder = Path(shutil.copytree(shared.data, trial.folder / "data"))
     config = tiny(trial.folder / "run", data__path=str(folder), data__num_workers=max(workers, 0))

@@ -334,7 +334,8 @@ CASES = [
 )
 def a_made_source_is_refused_or_kept_whole(trial: Trial) -> None:
     case = CASES[trial.index]
-    trial.note(case.name)
+    trial.note(case.source)
+    print(case.name)
     (trial.folder / "in").mkdir()
     path, out = case.make(trial.folder / "in"), trial.folder / "out"
     tokenizer = path.with_name(case.tokenizer) if case.tokenizer else trial.shared
