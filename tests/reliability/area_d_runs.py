@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ RUNS = [(*change, when) for change in CHANGES.items() for when in (0, 1, RESTART
 def changed_data_ends_in_a_line_or_changes_nothing(trial: Trial) -> None:
     name, act, workers = RUNS[trial.index]
     trial.note("restart" if workers == RESTART else f"{workers} workers")
-    print(name)
+    sys.stderr.write(f"{name}\n")
     shared: Straight = trial.shared
     folder = Path(shutil.copytree(shared.data, trial.folder / "data"))
     config = tiny(trial.folder / "run", data__path=str(folder), data__num_workers=max(workers, 0))

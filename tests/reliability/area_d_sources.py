@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,7 +336,7 @@ CASES = [
 def a_made_source_is_refused_or_kept_whole(trial: Trial) -> None:
     case = CASES[trial.index]
     trial.note(case.source)
-    print(case.name)
+    sys.stderr.write(f"{case.name}\n")
     (trial.folder / "in").mkdir()
     path, out = case.make(trial.folder / "in"), trial.folder / "out"
     tokenizer = path.with_name(case.tokenizer) if case.tokenizer else trial.shared
