@@ -29,7 +29,7 @@ from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
 from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
 from llmnorm.training.engines.native import GROUPS, NUMBER, number
 from llmnorm.training.engines.plain import PATIENCE, check_world
-from llmnorm.training.objective import Objective
+from llmnorm.training.objective import IGNORED, Objective
 from llmnorm.training.pieces import Owned, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
@@ -116,20 +116,26 @@ class DeepSpeedEngine:
         DeepSpeed averages over ranks, so the loss is multiplied by their number first.
         """
         device, world = self.ranks.device, self.ranks.world
-        rows = len(micro_batches[0]["input_ids"])
-        batch_sizes = {
-            "train_micro_batch_size_per_gpu": rows,
-            "gradient_accumulation_steps": len(micro_batches),
-        }
-        self.promises.check(batch_sizes)
+        self._check_batch(micro_batches)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for number_, batch in enumerate(micro_batches, start=1):
+        for position, batch in enumerate(micro_batches, start=1):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            self.wrapped.set_gradient_accumulation_boundary(number_ == len(micro_batches))
+            self.wrapped.set_gradient_accumulation_boundary(position == len(micro_batches))
             loss_sum, _ = self.wrapped(**batch)
             self.wrapped.backward(loss_sum * (world / max(count, 1.0)), scale_wrt_gas=False)
             total += loss_sum.detach()
         return total
+
+    def _check_batch(self, micro_batches: list[MicroBatch]) -> None:
+        """Compare the batch with what a user's own file says of it."""
+        seen: dict[str, float] = {
+            "train_micro_batch_size_per_gpu": len(micro_batches[0]["targets"]),
+            "gradient_accumulation_steps": len(micro_batches),
+        }
+        if "train_batch_size" in self.promises.values:  # rows that are not padding
+            rows = sum(int((b["targets"] != IGNORED).any(-1).sum()) for b in micro_batches)
+            (seen["train_batch_size"],) = self.ranks.sums(rows)
+        self.promises.check(seen)
 
     def clip_and_step(
         self, loss_sum: Tensor, count: float, *, factor: float, max_norm: float, step: int
