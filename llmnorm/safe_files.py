@@ -44,7 +44,11 @@ def check_inside(path: Path, folder: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except RuntimeError:  # a link that leads to itself
+        inside = False
+    if not inside:
         raise ValueError(f"{path} is a link that leads out of {folder}")
 
 

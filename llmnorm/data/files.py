@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import lzma
+import os
 import stat
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from .manifest import hash_files
 
 _READ_BLOCK = 1 << 20  # bytes
 _LARGE_INPUT = 1 << 30  # bytes; hashing takes seconds from here on
+_ZSTD_BLOCK = 1 << 13  # bytes decompressed at once; a frame of one repeated byte is 32,000 times it
+# Text shrinks to a tenth; what grows a hundredfold and more when it is unpacked is made to.
+_MOST_GROWTH = 250
+_GROWTH_FROM = 1 << 26  # bytes of text before that is judged
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +51,28 @@ def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 def _regular(file: Path) -> Path:
     try:
-        mode = file.stat().st_mode
+        status = file.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size >= _LARGE_INPUT:
+            _refuse_hole(file, status.st_size)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{file} is not a regular file ({stat.filemode(mode)}); give a file")
+    if not stat.S_ISREG(status.st_mode):
+        what = stat.filemode(status.st_mode)
+        raise DataError(f"{file} is not a regular file ({what}); give a file")
     return file
+
+
+def _refuse_hole(file: Path, size: int) -> None:
+    """Refuse a large file with a hole: it claims bytes that were never written."""
+    if not hasattr(os, "SEEK_HOLE"):
+        return
+    with file.open("rb", buffering=0) as raw:
+        hole = raw.seek(0, os.SEEK_HOLE)
+    if hole < size:
+        raise DataError(
+            f"{file} has {size} bytes but a hole at byte {hole}, where nothing was written; "
+            "it is an incomplete copy, restore it"
+        )
 
 
 def _hidden(file: Path, root: Path) -> bool:
@@ -84,9 +105,11 @@ def opened(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
     elif name.endswith(".xz"):
         stream = cast(BinaryIO, lzma.LZMAFile(raw))  # noqa: SIM115 (closed below)
     elif name.endswith((".zst", ".zstd")):
-        stream = cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), _READ_BLOCK))
+        stream = cast(BinaryIO, _ZstdStream(raw))
     else:
         stream = raw
+    if stream is not raw:
+        stream = cast(BinaryIO, io.BufferedReader(_Bounded(stream, raw), _READ_BLOCK))
     try:
         yield stream
     finally:
@@ -134,6 +157,28 @@ def decoded(data: bytes, path: Path, start: int) -> str:
         ) from None
 
 
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that ends in an error when it grows as no text does."""
+
+    def __init__(self, stream: BinaryIO, raw: BinaryIO) -> None:
+        self._stream, self._raw, self._count = stream, raw, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(min(len(buffer), _READ_BLOCK))
+        self._count += len(data)
+        if self._count > max(_GROWTH_FROM, _MOST_GROWTH * self._raw.tell()):
+            raise lzma.LZMAError(f"more than {_MOST_GROWTH} times its size; no text is so even")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 class _ZstdStream(io.RawIOBase):
     """Read zstandard frames, and notice when the last one is cut off (its own reader does not)."""
 
@@ -157,7 +202,7 @@ class _ZstdStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             data = self._frame.unused_data if self._frame.eof else b""
-            data = data or self._raw.read(_READ_BLOCK)
+            data = data or self._raw.read(_ZSTD_BLOCK)
             if self._frame.eof:
                 self._frame, self._started = self._new_frame(), False
             if not data:

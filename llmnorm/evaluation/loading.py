@@ -4,6 +4,9 @@ A run is represented by its `final/` folder. Code that a folder carries is run o
 asks for it; llmnorm's own classes are registered by `import llmnorm` and need no such trust.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from llmnorm.config.document import MAX_BYTES, read_document
 from llmnorm.errors import CheckpointError, ConfigError, DataError
@@ -190,7 +194,7 @@ def _check_config(source: Source, trust_remote_code: bool) -> Path:
 
 def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        with quiet():
+        with quiet(), _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location,
                 dtype=_DTYPES[dtype],
@@ -205,6 +209,17 @@ def _weights(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedM
     model, info = loaded
     _check_tensors(source, model, info)
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leave out transformers' table of tensors that do not fit: `_check_tensors` names them."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _check_tensors(source: Source, model: PreTrainedModel, info: dict[str, Any]) -> None:

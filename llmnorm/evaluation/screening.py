@@ -18,6 +18,7 @@ from llmnorm.safe_files import check_inside, check_name, check_safetensors, read
 
 _MOST_LAYERS = 10_000  # ten times the deepest model published
 _KERNEL_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_IN_SHARDS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _OWN_KERNEL = re.compile(r"[a-z0-9_]+")  # sdpa; what is fetched is called OWNER/NAME
 
 
@@ -59,6 +60,8 @@ def screen_weights(location: str, folder: Path) -> None:
         cached_files(location, names, _raise_exceptions_for_missing_entries=False)
         found = sorted(folder.glob("*.safetensors"))
         for path in found:
+            if _IN_SHARDS.fullmatch(path.name):
+                raise ValueError(f"{path} is a part of a distributed checkpoint; export it first")
             check_inside(path, folder)
             check_safetensors(path)
     except (OSError, ValueError) as error:
