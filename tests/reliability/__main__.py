@@ -27,7 +27,8 @@ def load_areas(letters: Sequence[str]) -> list[Bar]:
     for path in sorted(Path(__file__).parent.glob("area_*.py")):
         if not letters or path.stem.split("_")[1].upper() in letters:
             importlib.import_module(f"reliability.{path.stem}")
-    return [BARS[name] for name in sorted(BARS, key=bar_order)]
+    bars = [BARS[name] for name in sorted(BARS, key=bar_order)]
+    return [bar for bar in bars if not letters or bar.area in letters]  # areas import each other
 
 
 def main() -> int:

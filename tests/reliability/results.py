@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from reliability.harness import Bar
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_NOTES = 8
 TABLE = Path(__file__).with_name("RESULTS.md")
 
 HEADER = """# Last nightly result of each bar
@@ -54,9 +56,11 @@ class Tally:
 
     @property
     def ran(self) -> str:
-        """The notes of its trials, with how often each was made."""
-        notes = [note for attempt in self.attempts.values() for note in attempt["notes"]]
-        return ", ".join(f"{note} {notes.count(note)}" for note in dict.fromkeys(notes))
+        """The commonest notes of its trials, with how often each was made."""
+        notes = Counter(n for attempt in self.attempts.values() for n in attempt["notes"])
+        shown = [f"{note} {count}" for note, count in notes.most_common(MOST_NOTES)]
+        more = len(notes) - len(shown)
+        return ", ".join([*shown, *([f"{more} others"] if more else [])])
 
 
 def commit() -> tuple[str, str]:
