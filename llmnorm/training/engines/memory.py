@@ -163,15 +163,16 @@ def _zero12(
 ) -> Footprint:
     """Whole weights beside this rank's share of them as the optimizer's, and of the moments.
 
-    Of the gradients stage 1 keeps all until the step, stage 2 this rank's share; the step takes a
-    flat copy of the share.
+    Of the gradients stage 1 keeps all until the step, stage 2 this rank's share, which it holds
+    twice at the end of backward; the step takes a flat copy of the share.
     """
     step, world = trace(None), place.world
     weights, share = step.sum("weight"), step.sum("gradient") // world
     moments = step.sum("slots") // world
     gradients = gradients_of_ranks * share
-    buffers = _buckets(place)
-    training = max(buffers + gradients + step.activations, gradients + share + step.stepping)
+    buffers = _bucket(place) * (2 if place.zero["overlap_comm"] else 1)
+    backward = gradients + max(step.activations, share if gradients_of_ranks == 1 else 0)
+    training = max(buffers + backward, gradients + share + step.stepping)
     return Footprint(
         weights=weights + weights // world,
         gradients=gradients,
@@ -188,7 +189,9 @@ def _zero3(trace: Callable[[Wrap | None], Step], place: Place) -> Footprint:
     weights, moments = 2 * (step.sum("weight") // world), step.sum("slots") // world
     gradients = step.sum("gradient") // world
     gathered = min(step.sum("weight"), _FLOAT * place.zero["stage3_max_live_parameters"])
-    buffers = _buckets(place) + gathered
+    under_way = min(step.sum("weight"), _FLOAT * place.zero["stage3_prefetch_bucket_size"])
+    gloo = under_way if place.device_type == "cpu" else 0  # it copies what it gathers
+    buffers = _bucket(place) + gathered + gloo
     training = max(step.activations, gradients + step.stepping)
     return Footprint(
         weights=weights,
@@ -200,8 +203,8 @@ def _zero3(trace: Callable[[Wrap | None], Step], place: Place) -> Footprint:
     )
 
 
-def _buckets(place: Place) -> int:
-    return _FLOAT * place.zero["reduce_bucket_size"] * (2 if place.zero["overlap_comm"] else 1)
+def _bucket(place: Place) -> int:
+    return _FLOAT * int(place.zero["reduce_bucket_size"])
 
 
 def zero_settings(stage: int, file: Path, precision: Precision, hidden_size: int) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Train and write what a rank really held in its last step, in bytes.
+
+    python memory_worker.py RESULTS WORDS.json
+
+`weights`, `gradients` and `moments` are the storages that the model and its optimizer hold;
+`beyond` is the most that torch's allocator gave out in that step beside what was held before it.
+(A profile of the whole run would miss what the threads of gloo free.)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from llmnorm.config import load_run_config
+from llmnorm.training import loop
+
+stepped = {}  # what the optimizer was given: parameter, and bytes of its gradient
+
+
+def storages(tensors):
+    """Bytes of the tensors' storages, each once."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    return sum(size for pointer, size in found.items() if pointer)
+
+
+def note(optimizer, *_):
+    """Note what is stepped; DeepSpeed gives its optimizer one group at a time."""
+    for group in optimizer.param_groups:
+        stepped.update({p: storages([p.grad]) for p in group["params"] if p.grad is not None})
+
+
+def sizes(trainer):
+    """What is held after a step."""
+    model, optimizer = list(trainer.model.parameters()), trainer.engine.optimizer
+    sharded = [getattr(p, "ds_tensor", None) for p in model]
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    return {
+        "weights": storages([*model, *sharded, *stepped]),
+        "gradients": sum(stepped.values()),
+        "moments": storages([v for v in states if isinstance(v, torch.Tensor)]),
+    }
+
+
+def peak(profiler):
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+def main(results, words):
+    rank = os.environ["RANK"]
+    if os.environ["WORLD_SIZE"] == "1":  # as without a launcher
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[variable]
+    real = loop.Trainer.take_step
+
+    config = load_run_config(None, json.loads(Path(words).read_text()))
+    held = {}
+
+    def take_step(self, *args):
+        if self.step + 1 < config.training.max_steps:
+            return real(self, *args)
+        stepped.clear()
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+            outcome = real(self, *args)
+        held.update(sizes(self), beyond=peak(profiler))
+        return outcome
+
+    loop.Trainer.take_step = take_step
+    register_optimizer_step_pre_hook(note)
+    assert loop.train(config) == 0
+    Path(results, f"rank{rank}.json").write_text(json.dumps(held))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
