@@ -67,7 +67,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; the first that does not end with 0 decides."""
     first: tuple[int, int] | None = None  # rank, code
     end = float("inf")
-    while any(process.poll() is None for process in started) and time.monotonic() < end:
+    while None in [process.poll() for process in started] and time.monotonic() < end:
         failed = [(r, p.returncode) for r, p in enumerate(started) if p.returncode]
         if failed and first is None:
             first = failed[0]

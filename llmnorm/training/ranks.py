@@ -128,13 +128,23 @@ def meet(run: str, seconds: float) -> Store | None:
     keys = [f"llmnorm/{run}/{number}" for number in range(world)]
     if store.add(keys[rank], 1) > 1:
         raise EnvironmentProblem(f"two processes say RANK={rank} at {place}; mend the launcher")
-    while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
-        if time.monotonic() > end:
-            raise EnvironmentProblem(
-                f"of {world} ranks, {', '.join(map(str, missing[:20]))} did not come to {place} in "
-                f"{seconds:.0f} s; start all, or raise faults.meet_seconds"
-            )
-        time.sleep(0.05)
+    try:
+        while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
+            if rank and store.check([f"{keys[0]}/gave up"]):
+                raise SystemExit(EnvironmentProblem.exit_code)  # rank 0 has said why
+            if not rank and time.monotonic() > end:
+                store.set(f"{keys[0]}/gave up", "")
+                time.sleep(0.5)  # for the others to see it
+                raise EnvironmentProblem(
+                    f"of {world} ranks, {', '.join(map(str, missing[:20]))} did not come to "
+                    f"{place} in {seconds:.0f} s; start all, or raise faults.meet_seconds"
+                )
+            if time.monotonic() > end + 5:
+                raise DistNetworkError("rank 0 of this run does not come")
+            time.sleep(0.05)
+    except DistNetworkError as error:
+        seen = str(error).partition("\n")[0][:120]
+        raise EnvironmentProblem(f"rank {rank} lost the others at {place}: {seen}") from error
     return store
 
 

@@ -30,7 +30,7 @@ from llmnorm.training.ranks import Ranks
 from llmnorm.training.signals import StopRequest
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 1.0
 """How long a rank may take to leave by itself after another one recorded the run's end."""
 _DEATH = 3
 """Exit code when a rank died or hangs: that of `EnvironmentProblem`."""
@@ -210,7 +210,7 @@ class Watch:
         """Nothing moved here for too long: find out who is missing and leave."""
         ranks, ticks = range(self.ranks.world), self._ticks
         first = [self._read_beat(rank) for rank in ranks]
-        time.sleep(4 * _POLL_SECONDS)
+        time.sleep(3 * _POLL_SECONDS)
         beats = [self._read_beat(rank) for rank in ranks]
         if self._ticks != ticks:
             return
