@@ -148,11 +148,11 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))]
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "RMSprop", "Adagrad", "NAdam"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "RMSprop", "NAdam"])
 def test_an_elementwise_optimizer_is_taken(kind: str) -> None:
     optimizer = getattr(torch.optim, kind)(parameters(), lr=0.01)
     assert for_shards(optimizer) is optimizer
-    assert not optimizer.state or kind == "Adagrad"
+    assert not optimizer.state
 
 
 class Normalized(torch.optim.SGD):
@@ -173,6 +173,11 @@ class Normalized(torch.optim.SGD):
 def test_an_optimizer_of_whole_tensors_is_refused(optimizer: torch.optim.Optimizer) -> None:
     with pytest.raises(ConfigError, match="steps a matrix as a whole, but ZeRO"):
         for_shards(optimizer)
+
+
+def test_adagrad_which_loses_its_groups_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rebuilds Adagrad without its parameter groups"):
+        for_shards(torch.optim.Adagrad(parameters()))
 
 
 def test_muon_beside_adamw_becomes_one_for_shards() -> None:

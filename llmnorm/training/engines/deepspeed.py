@@ -73,7 +73,7 @@ class DeepSpeedEngine:
                 do what it was asked for.
         """
         self.model = objective.model
-        self.rules = list(_rules(self.model, self.ranks.mean))
+        self.rules = list(model_rules(self.model, self.ranks.mean))
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         optimizer = for_shards(make_optimizer(self.model))
@@ -343,7 +343,7 @@ def _open_group(*, cpu: bool) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _rules(model: Any, mean: Mean) -> Iterator[tuple[Constraints, list[Any]]]:
+def model_rules(model: Any, mean: Mean) -> Iterator[tuple[Constraints, list[Any]]]:
     """Yield the model's rules, one for each matrix so that one is whole at a time.
 
     Raises:

@@ -32,6 +32,11 @@ def for_shards(optimizer: Any) -> torch.optim.Optimizer:
     name = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizer {name} is no torch.optim.Optimizer, as ZeRO needs; use ddp")
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ConfigError(
+            "DeepSpeed rebuilds Adagrad without its parameter groups, which carry weight decay; "
+            "use another optimizer, or configs/accelerate/ddp.yaml"
+        )
     try:
         whole, flat = _try(optimizer, (4, 3), (12,)), _try(optimizer, (24,))
     except (TypeError, ValueError, RuntimeError) as error:
