@@ -230,7 +230,9 @@ class Watch:
 
         def kill_silent() -> None:
             for descriptor, rank in self._peers.items():
-                if rank in silent:
+                if rank not in silent:
+                    continue
+                with suppress(ProcessLookupError):  # another rank was faster
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
         self.ending.leave(_DEATH, cause, after=kill_silent)

@@ -123,10 +123,12 @@ def _open_for_direct_calls(objective: Any) -> None:
     """Let validation call the language model itself, which is not the root of the shards.
 
     Blocks gather their own parameters; the root's are gathered before such a call, and let go
-    after it.
+    after it. A run that continues may validate before its first step: the first module that runs
+    would become the root.
     """
 
     def gather(*_: object) -> None:
+        objective._get_fsdp_state()._lazy_init()
         objective.unshard()
 
     def let_go(*_: object) -> None:
