@@ -19,7 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from llmnorm.config import load_run_config
 from llmnorm.training import loop
 
-stepped = {}  # what the optimizer was given: parameter, and bytes of its gradient
+stepped = {}  # parameters that the optimizer was given
+gradients = [0]  # bytes of their gradients
 
 
 def storages(tensors):
@@ -31,8 +32,10 @@ def storages(tensors):
 
 def note(optimizer, *_):
     """Note what is stepped; DeepSpeed gives its optimizer one group at a time."""
-    for group in optimizer.param_groups:
-        stepped.update({p: storages([p.grad]) for p in group["params"] if p.grad is not None})
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    new = [p for p in given if p.grad is not None and p not in stepped]
+    gradients[0] += storages([p.grad for p in new])
+    stepped.update(dict.fromkeys(new))
 
 
 def sizes(trainer):
@@ -42,7 +45,7 @@ def sizes(trainer):
     states = [v for state in optimizer.state.values() for v in state.values()]
     return {
         "weights": storages([*model, *sharded, *stepped]),
-        "gradients": sum(stepped.values()),
+        "gradients": gradients[0],
         "moments": storages([v for v in states if isinstance(v, torch.Tensor)]),
     }
 
@@ -70,6 +73,7 @@ def main(results, words):
         if self.step + 1 < config.training.max_steps:
             return real(self, *args)
         stepped.clear()
+        gradients[0] = 0
         cpu = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
             outcome = real(self, *args)

@@ -171,7 +171,11 @@ def _zero12(
     moments = step.sum("slots") // world
     gradients = gradients_of_ranks * share
     buffers = _bucket(place) * (2 if place.zero["overlap_comm"] else 1)
-    backward = gradients + max(step.activations, share if gradients_of_ranks == 1 else 0)
+    if gradients_of_ranks > 1:
+        backward = step.backward
+    else:
+        earlier = gradients if step.accumulation > 1 else 0
+        backward = max(earlier + step.activations, gradients + share)
     training = max(buffers + backward, gradients + share + step.stepping)
     return Footprint(
         weights=weights + weights // world,
