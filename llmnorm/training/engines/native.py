@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.training.constraints import Constraints
+from llmnorm.training.endings import is_out_of_memory
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Owned, Piece, PieceReader, share
@@ -114,7 +115,7 @@ class NativeEngine(ABC):
         try:
             self.optimizer.step()
         except (TypeError, ValueError, RuntimeError) as error:
-            if not first or isinstance(error, torch.OutOfMemoryError):
+            if not first or is_out_of_memory(error):
                 raise
             seen = str(error).partition("\n")[0]
             raise ConfigError(
