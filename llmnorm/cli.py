@@ -23,6 +23,7 @@ from llmnorm.processes import leave
 from llmnorm.resources import suggest
 
 _GRACE_SECONDS = 5.0  # how long the other ranks let rank 0 speak first
+_LONGEST_RECORD = 2000  # characters
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -153,7 +154,10 @@ def _report(error: LlmNormError) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Plain text for what is expected, the level's name before what is not."""
+    """Plain text for what is expected, the level's name before what is not; one line a record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return one_line(super().formatMessage(record), _LONGEST_RECORD)
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

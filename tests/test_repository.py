@@ -64,6 +64,7 @@ TOP_LEVEL = {
     "benchmarks",
     "Makefile",
     "constraints.txt",
+    "requirements.lock",
     ".ci",
     "LICENSE",
     "CHANGELOG.md",
@@ -73,7 +74,10 @@ TOP_LEVEL = {
     ".gitignore",
 }
 FORBIDDEN = {
-    "pickle": r"\bpickle\.(load|loads|Unpickler)\b",
+    "pickle": r"\b(pickle|dill|cloudpickle|joblib|shelve|marshal)\.(load|loads|open|Unpickler)\b",
+    "torch.load": r"\btorch\.load\(",
+    "allow_pickle": r"allow_pickle\s*=\s*True",
+    "os.system": r"\bos\.(system|popen)\(",
     "yaml.load": r"\byaml\.(unsafe_|full_)?load(_all)?\(",
     "weights_only=False": r"weights_only\s*=\s*False",
     "shell=True": r"shell\s*=\s*True",
@@ -201,7 +205,10 @@ def test_no_file_can_run_what_another_file_says(what):
 
 def test_the_forbidden_patterns_find_what_they_are_for():
     bad = {
-        "pickle": "pickle.load(f)",
+        "pickle": "joblib.load(f)",
+        "torch.load": "torch.load(f)",
+        "allow_pickle": "np.load(f, allow_pickle=True)",
+        "os.system": "os.popen(command)",
         "yaml.load": "yaml.load(text)",
         "weights_only=False": "torch.load(f, weights_only=False)",
         "shell=True": "run(x, shell=True)",

@@ -79,10 +79,11 @@ def _item(path: KeyPath) -> KeyPath:
     return path[: max((i + 1 for i, part in enumerate(path) if isinstance(part, int)), default=0)]
 
 
-def one_line(text: str) -> str:
-    """Return `text` without line breaks and control characters, at most 300 characters long."""
+def one_line(text: str, most: int = MAX_LINE) -> str:
+    """Return `text` without line breaks and control characters, at most `most` characters long."""
+    text = text[: most + 1]
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= MAX_LINE else text[: MAX_LINE - 3] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def leaves(model: type[BaseModel], prefix: KeyPath = ()) -> dict[KeyPath, Any]:
