@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reliability.engines import ENGINES, Group, finished, import_engines
-from reliability.faulty import Patch, before_step, program
+from reliability.faulty import Patch, before_step, program, wait_for
 from reliability.harness import Trial, bar
 from reliability.runs import outcome, tiny, words
 
@@ -78,14 +78,6 @@ def slow_down(moment: str, mark: Path) -> Patch:
             before_step(3, lambda _: mark.touch())
 
     return patch
-
-
-def wait_for(mark: Path, group: Group) -> None:
-    """Wait until a file is there, or the ranks are not."""
-    end = time.monotonic() + 60
-    while not mark.exists() and time.monotonic() < end and len(group.codes) < len(group.pids):
-        group.wait(0)
-        time.sleep(0.005)
 
 
 def stop_and_continue(trial: Trial, engine: str, world: int) -> None:

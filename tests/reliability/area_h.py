@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from reliability.engines import ENGINES, Group, import_engines
-from reliability.faulty import failing, program
+from reliability.faulty import failing, program, wait_for
 from reliability.harness import Trial, bar
 from reliability.runs import fork, tiny, words
 
@@ -47,9 +47,8 @@ def fail_one(trial: Trial, kind: str, seconds: float) -> tuple[str, int, list[in
     work = program(flags, failing(kind, rank, STEP, moment))
     group = Group(engine, world, flags, trial.folder / "logs", work)
     try:
-        end = time.monotonic() + 100
-        while not moment.is_file() and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(moment, group)
+        assert moment.is_file(), group.tail()
         codes = group.wait(seconds)
         late = time.time() - float(moment.read_text())
     finally:

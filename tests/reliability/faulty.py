@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reliability.engines import Group
+
 from llmnorm.cli import run_command, run_main
 from llmnorm.errors import DataError
 from llmnorm.training import command
@@ -68,3 +70,11 @@ def failing(kind: str, rank: int, step: int, moment: Path) -> Patch:
             os.kill(os.getpid(), getattr(signal, kind))
 
     return lambda: before_step(step, fail)
+
+
+def wait_for(mark: Path, group: Group) -> None:
+    """Wait until a file is there, or the ranks are not."""
+    end = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < end and len(group.codes) < len(group.pids):
+        group.wait(0)
+        time.sleep(0.005)
