@@ -100,6 +100,13 @@ def test_a_run_continues_in_another_world_with_the_same_data_and_loss(
             assert record["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_launcher_may_start_one_process(
+    one_process: Path, data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    run_ranks(PRETRAIN, *_words(data, tmp_path / "run"), world=1)
+    assert numbers(tmp_path / "run") == numbers(one_process)
+
+
 # Rank 1 gets a signal before a step: the process ends, or both ranks save and leave.
 SIGNALLED = """
 import os, signal, sys

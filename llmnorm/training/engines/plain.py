@@ -53,13 +53,15 @@ class PlainEngine(NativeEngine):
         Raises:
             EnvironmentProblem: if accelerate did otherwise.
         """
+        if self.ranks.world == 1:  # accelerate wraps also one process that a launcher started
+            return objective.to(self.ranks.device)
         with warnings.catch_warnings():  # its successor is unknown to accelerate and older torch
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             wrapped = self.accelerator.prepare_model(objective)
-        if isinstance(wrapped, DistributedDataParallel) != (self.ranks.world > 1):
+        if not isinstance(wrapped, DistributedDataParallel):
             raise EnvironmentProblem(
                 f"{self.ranks.world} processes hold a {type(wrapped).__name__}, expected "
-                "DistributedDataParallel for several: their gradients would not be averaged"
+                "DistributedDataParallel: their gradients would not be averaged"
             )
         return wrapped
 
