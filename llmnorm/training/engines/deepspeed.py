@@ -61,6 +61,7 @@ class DeepSpeedEngine:
         self.deepspeed = _import(cpu=cpu)
         self.ranks = _open_group(cpu=cpu)
         check_world(self.ranks.world)
+        self.deepspeed.init_distributed()  # takes over torch's group
         self.wrapped: Any = None
 
     def prepare(
@@ -84,6 +85,9 @@ class DeepSpeedEngine:
             world=self.ranks.world,
             hidden_size=self.model.config.hidden_size,
         )
+        if self.stage == 3 and "bf16" not in settings:
+            # one parameter after the other, so that no device ever holds the whole model
+            self.deepspeed.zero.Init(module=objective, config_dict_or_path=settings)
         self.wrapped = self.deepspeed.initialize(
             model=objective, optimizer=optimizer, config=settings
         )[0]
