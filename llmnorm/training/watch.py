@@ -27,7 +27,7 @@ from llmnorm.training.directory import RunDirectory
 from llmnorm.training.endings import Ending
 from llmnorm.training.launch import LAUNCHER
 from llmnorm.training.ranks import Ranks
-from llmnorm.training.signals import StopRequest
+from llmnorm.training.signals import WATCHED, StopRequest
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 1.0
@@ -90,6 +90,8 @@ class Watch:
                 self._follow(rank, pid)
         if launcher := os.environ.get(LAUNCHER):
             self._follow(_PARENT, int(launcher))
+        # A forked data worker would write its own signals into this pipe.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)
         self._wakeup_before = signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -158,7 +160,7 @@ class Watch:
     def _hear(self) -> None:
         """Take note of signals that the main thread may be too busy to handle."""
         for number in os.read(self._wake, 512):
-            if number:
+            if number in WATCHED:  # data workers end with a SIGCHLD, which comes here too
                 self.stop.ask(number)
 
     def _beat(self) -> None:
