@@ -148,7 +148,8 @@ def _report(error: LlmNormError) -> None:
         if not error.settled:
             time.sleep(_GRACE_SECONDS)  # the launcher ends this process when rank 0 failed too
         prefix = "" if str(error).startswith(f"rank {rank} ") else f"[rank {rank}] "
-    for line in (str(error) or type(error).__name__).split("\n"):
+    text = str(error) or type(error).__name__
+    for line in text.split("\n") if isinstance(error, ConfigError) else [text]:
         sys.stderr.write(one_line(prefix + line) + "\n")
     sys.stderr.flush()
 

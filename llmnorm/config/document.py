@@ -147,6 +147,8 @@ class _Reader:
         if not event.implicit[0]:
             if any(ord(character) < 32 and character != "\n" for character in text):
                 self.refuse(event, f"control characters in {text!r:.80}")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.refuse(event, f"half a character, which is no Unicode, in {text!r:.80}")
             return text
         try:
             return read_scalar(text)

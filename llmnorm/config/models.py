@@ -31,6 +31,8 @@ def _path(value: object) -> Path:
         raise ValueError("expected a path")
     if len(os.fsencode(value)) > 4096 or any(len(os.fsencode(p)) > 255 for p in value.split("/")):
         raise ValueError("longer than any path can be")
+    if "\n" in value:
+        raise ValueError("expected a path in one line")
     return Path(os.path.expanduser(value))
 
 

@@ -109,7 +109,7 @@ def _nearest_key(path: KeyPath, root: type[BaseModel]) -> str:
     sections = {str(leaf[0]): str(leaf[0]) for leaf in known.values()}
     pools = [siblings] if section else [sections]
     for pool in [*pools, by_name]:
-        cutoff = 0.6 if pool is by_name else 0.5  # `rl` for lr
+        cutoff = 0.5 if pool is siblings else 0.6  # `rl` for lr
         near = difflib.get_close_matches(name, list(pool), n=1, cutoff=cutoff)
         if near:
             return f"did you mean {pool[near[0]]}?"

@@ -95,6 +95,8 @@ def find(model: str) -> Source:
         CheckpointError: a run that has not finished.
         ConfigError: a folder that is neither a run nor a model.
     """
+    if not model or set(model) & set("\0\r\n"):
+        raise ConfigError(f"{model!r:.80} names no model; expected a folder or a hub name")
     folder = Path(model)
     if (folder / "config.json").is_file():
         in_run = folder.name == "final" and is_run(folder.parent)
