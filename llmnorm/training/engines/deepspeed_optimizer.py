@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmnorm.errors import ConfigError
 from llmnorm.training.engines.deepspeed_shards import Shard
-from llmnorm.training.muon import MuonWithAdamW
+from llmnorm.training.muon import MuonWithAdamW, orthogonalizing_whole_matrices
 
 _TOLERANCE = 1e-6
 """Of the trial in float64, relative to the largest step."""
@@ -86,7 +86,6 @@ class ShardedMuon(torch.optim.Optimizer):
     def __init__(self, pair: MuonWithAdamW) -> None:
         self.muon, self.adamw = pair.members
         self.count = pair.counts["muon"]  # matrices
-        self.turned = 0  # matrices made whole and orthogonalized on this rank since the start
         self._shards: dict[int, Shard] = {}
         super().__init__(pair.param_groups, {})
         self._first_adamw = len(self.muon.param_groups)
@@ -109,21 +108,31 @@ class ShardedMuon(torch.optim.Optimizer):
                 self._turn(self._shards[id(flat)], flat, group)
 
     def _turn(self, shard: Shard, flat: Tensor, group: dict[str, Any]) -> None:
-        """Step one shard of matrices."""
+        """Step one shard of matrices.
+
+        Raises:
+            RuntimeError: if one was not orthogonalized.
+        """
         state, gradient = self.state[flat], flat.grad
         assert gradient is not None
         momentum = state.setdefault("momentum_buffer", torch.zeros_like(flat))
         momentum.lerp_(gradient, 1 - group["momentum"])
         blend = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        for part in shard.parts:
-            whole = flat.new_zeros(part.shape.numel())
-            whole[part.start : part.start + part.numel] = part.of(blend)
-            dist.all_reduce(whole)
-            if part.numel:
-                update = self._orthogonal(whole.view(part.shape), group).flatten()
-                part.of(flat).add_(update[part.start : part.start + part.numel])
-                self.turned += 1
+        with orthogonalizing_whole_matrices() as done:
+            for part in shard.parts:
+                whole = flat.new_zeros(part.shape.numel())
+                whole[part.start : part.start + part.numel] = part.of(blend)
+                dist.all_reduce(whole)
+                if part.numel:
+                    update = self._orthogonal(whole.view(part.shape), group).flatten()
+                    part.of(flat).add_(update[part.start : part.start + part.numel])
+        wanted = [part.shape for part in shard.parts if part.numel]
+        if done != wanted:
+            raise RuntimeError(
+                f"Muon orthogonalized {len(done)} of {len(wanted)} matrices; this torch "
+                f"({torch.__version__}) is not one it was tested with"
+            )
 
     def _orthogonal(self, blend: Tensor, group: dict[str, Any]) -> Tensor:
         """Return torch's Muon step from zero without momentum of its own."""
