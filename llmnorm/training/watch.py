@@ -212,7 +212,9 @@ class Watch:
         """Nothing moved here for too long: find out who is missing and leave."""
         ranks, ticks = range(self.ranks.world), self._ticks
         first = [self._read_beat(rank) for rank in ranks]
-        time.sleep(3 * _POLL_SECONDS)
+        for _ in range(3):
+            time.sleep(_POLL_SECONDS)
+            self._beat()  # the others look, too
         beats = [self._read_beat(rank) for rank in ranks]
         if self._ticks != ticks:
             return
