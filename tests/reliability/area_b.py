@@ -85,7 +85,7 @@ def flipped_bit(trial: Trial) -> None:
     content = bytearray(path.read_bytes())
     content[trial.rng.randrange(len(content))] ^= 1 << trial.rng.randrange(8)
     path.write_bytes(content)
-    falls_back(trial, path.name, whole_run=trial.index % 10 == 0)
+    falls_back(trial, path.name, whole_run=trial.rng.random() < 0.2)
 
 
 def _cut(path: Path, older: Path, rng: random.Random) -> None:
@@ -145,7 +145,7 @@ def damaged_files(trial: Trial) -> None:
     newest, older = copied(trial, trial.shared.path)
     path = trial.rng.choice(sorted(newest.iterdir()))
     DAMAGE[trial.index % len(DAMAGE)](path, older, trial.rng)
-    falls_back(trial, "", whole_run=trial.index % 7 == 0)
+    falls_back(trial, "", whole_run=trial.rng.random() < 0.2)
 
 
 def contents(folder: Path) -> dict[str, str]:
