@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..durable import sha256_of
 from ..errors import DataError
+from ..safe_files import read_json
 
 MANIFEST_NAME = "manifest.json"
 SplitName = Literal["train", "val"]
@@ -124,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} {what}; expected a folder made by `llmnorm data prepare --out {folder}`"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         checksum = content.pop("checksum", None)
         manifest = Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from llmnorm.config import RunConfig, load_run_config
 from llmnorm.durable import follow_umask, sync, take_lock, write_durably
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem, LlmNormError
+from llmnorm.safe_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def remember_start(
     """
     if path.is_file():
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             record["restarts"].append(start)
             _ = record["data"]["fingerprint"], record["precision"]["name"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:

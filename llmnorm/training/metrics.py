@@ -95,7 +95,7 @@ def _records(path: Path) -> Iterable[tuple[str, int]]:
         for line in handle:
             try:
                 step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             if line.endswith("\n") and isinstance(step, int):
                 yield line, step

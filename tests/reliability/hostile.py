@@ -151,7 +151,7 @@ def sign_data(folder: Path) -> None:
 
 
 def _file_entries(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict) and {"name", "bytes", "sha256"} <= value.keys():
+    if isinstance(value, dict) and value.keys() == {"name", "bytes", "sha256"}:
         yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
