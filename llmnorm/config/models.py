@@ -307,7 +307,9 @@ class FaultsSection(Section):
     spike_window: int = Field(
         128, ge=8, le=100_000, description="steps whose mean and deviation spikes are judged by"
     )
-    meet_seconds: Positive = Field(20, description="wait for all processes to find each other")
+    meet_seconds: Positive | None = Field(
+        None, description="wait for all processes to come (unset: 20, on several machines 300)"
+    )
     start_seconds: Positive = Field(
         600, description="without progress until the first step is done, or while saving"
     )

@@ -102,14 +102,15 @@ class Ranks:
         return answer["value"]
 
 
-def meet(run: str, seconds: float) -> Store | None:
+def meet(run: str, seconds: float | None) -> Store | None:
     """Wait until every process that the launcher speaks of is here, or say which is not.
 
     The engine's process group forms at the same address and would wait for hours.
 
     Args:
         run: names the run, so that one that uses the same port by mistake is not met.
-        seconds: how long to wait for the others.
+        seconds: how long to wait for the others; None is 20 on one machine and 300 on several,
+            whose processes do not start together.
 
     Returns:
         The store, to be held while the process group forms (rank 0 serves it); None for a run of
@@ -123,6 +124,9 @@ def meet(run: str, seconds: float) -> Store | None:
         return None
     if not 0 <= rank < world:
         raise EnvironmentProblem(f"the launcher says RANK={rank} of WORLD_SIZE={world}; mend it")
+    if seconds is None:
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) < world
+        seconds = 300.0 if several else 20.0
     end = time.monotonic() + seconds
     store, place = _store(rank, end)
     keys = [f"llmnorm/{run}/{number}" for number in range(world)]
