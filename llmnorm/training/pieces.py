@@ -8,7 +8,7 @@ Read `checkpoint.py` next.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from llmnorm.durable import FileFacts
 from llmnorm.errors import CheckpointError
 from llmnorm.safe_files import check_safetensors
 from llmnorm.training.shards import write_tensors
+
+GROUPS = "param_groups"
+"""Pseudo-parameter under which the numbers of the optimizer's groups are saved."""
 
 _PARTIAL = re.compile(r"^(.*)@(\d+)$")
 
@@ -128,6 +131,29 @@ class PieceReader:
             raise CheckpointError(f"{self.folder}: {key} is missing")
         return self._where[key]
 
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Compare what is stored with the parameters of a model, by name and size.
+
+        Raises:
+            CheckpointError: naming the first that is missing, foreign or of another size.
+        """
+        if self.prefix == "model" and set(self.names()) != set(shapes):
+            differing = sorted(set(self.names()) ^ set(shapes))
+            raise CheckpointError(
+                f"{self.folder} holds other parameters: {', '.join(differing[:3])}"
+            )
+        for key, pieces in self._where.items():
+            name = key if self.prefix == "model" else key.rpartition(".")[0]
+            shape, stored = shapes.get(name), sum(piece.numel for piece in pieces)
+            differs = shape is not None and stored != shape.numel()
+            if differs and (self.prefix == "model" or self.whole_shape(key) is None):
+                assert shape is not None
+                raise CheckpointError(
+                    f"{self.folder}: {key} has {stored} elements, expected {shape.numel()}"
+                )
+            if shape is None and not name.startswith(f"{GROUPS}."):
+                raise CheckpointError(f"{self.folder}: {key} is of no parameter of this model")
+
     def whole_shape(self, key: str) -> torch.Size | None:
         """Return the shape of a tensor that was written whole, None for one in parts."""
         first = self._pieces(key)[0]
@@ -139,7 +165,8 @@ class PieceReader:
         Raises:
             CheckpointError: if pieces are missing, overlap or are of another size.
         """
-        shape = self.whole_shape(key) or shape
+        whole = self.whole_shape(key)
+        shape = shape if whole is None else whole
         stored = sum(piece.numel for piece in self._pieces(key))
         if stored != shape.numel():
             raise CheckpointError(

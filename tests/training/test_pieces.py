@@ -65,3 +65,41 @@ def test_a_missing_piece_is_named(tmp_path: Path) -> None:
     reader = PieceReader(tmp_path, "optimizer")
     with pytest.raises(CheckpointError, match=r"a\.weight\.exp_avg"):
         reader.tensor("a.weight.exp_avg", torch.Size([7, 5]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({"a": (2, 3)}, "other parameters: b"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "other parameters: c"),
+        ({"a": (2, 3), "b": (5,)}, "b has 5 elements, expected 4"),
+        ({"a": (3, 3), "b": (4,)}, "a has 9 elements, expected 6"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    stored: dict[str, tuple[int, ...]], said: str, tmp_path: Path
+) -> None:
+    pieces = [
+        Piece(name=name, slot="", start=0, tensor=torch.zeros(shape), whole=True)
+        for name, shape in stored.items()
+    ]
+    write_pieces(tmp_path / "model-00000-of-00001.safetensors", pieces)
+    with pytest.raises(CheckpointError, match=said):
+        PieceReader(tmp_path, "model").check({"a": torch.Size([2, 3]), "b": torch.Size([4])})
+
+
+@pytest.mark.parametrize(
+    ("slot", "whole", "size", "said"),
+    [
+        ("a.exp_avg", False, 5, "a.exp_avg has 5 elements, expected 6"),
+        ("z.exp_avg", True, 6, "z.exp_avg is of no parameter"),
+    ],
+)
+def test_an_optimizers_state_of_another_model_is_refused(
+    slot: str, whole: bool, size: int, said: str, tmp_path: Path
+) -> None:
+    name, _, kept = slot.partition(".")
+    piece = Piece(name=name, slot=kept, start=0, tensor=torch.zeros(size), whole=whole)
+    write_pieces(tmp_path / "optimizer-00000-of-00001.safetensors", [piece])
+    with pytest.raises(CheckpointError, match=said):
+        PieceReader(tmp_path, "optimizer").check({"a": torch.Size([2, 3])})

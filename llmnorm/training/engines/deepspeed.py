@@ -20,17 +20,17 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
+from llmnorm.errors import ConfigError, EnvironmentProblem
 from llmnorm.processes import leave_process_group
 from llmnorm.training.constraints import Constraints, Mean
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
 from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
 from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
-from llmnorm.training.engines.native import GROUPS, NUMBER, number
+from llmnorm.training.engines.native import NUMBER, number
 from llmnorm.training.engines.plain import PATIENCE, check_world
 from llmnorm.training.objective import IGNORED, Objective
-from llmnorm.training.pieces import Owned, Piece, PieceReader, share
+from llmnorm.training.pieces import GROUPS, Owned, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
 
@@ -234,17 +234,18 @@ class DeepSpeedEngine:
 
     def load_pieces(self, folder: Path) -> None:
         """Fill this rank's shards from the ranges it needs, then the copies that forwards use."""
-        weights = PieceReader(folder, "model")
-        if set(weights.names()) != set(self.parameters):
-            differing = sorted(set(weights.names()) ^ set(self.parameters))
-            raise CheckpointError(f"{folder} holds other parameters: {', '.join(differing[:3])}")
+        weights, optimizer = PieceReader(folder, "model"), PieceReader(folder, "optimizer")
+        held = [*self.shards, *self._frozen()]
+        shapes = {part.name: part.shape for shard in held for part in shard.parts}
+        weights.check(shapes)
+        optimizer.check(shapes)
         with torch.no_grad():
-            for shard in [*self.shards, *self._frozen()]:
+            for shard in held:
                 for part in shard.parts:
                     part.of(shard.flat).copy_(
                         weights.flat(part.name, part.start, part.start + part.numel)
                     )
-            self._load_optimizer(PieceReader(folder, "optimizer"))
+            self._load_optimizer(optimizer)
         self._refresh()
 
     def _load_optimizer(self, reader: PieceReader) -> None:

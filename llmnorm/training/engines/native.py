@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llmnorm.errors import CheckpointError, ConfigError
+from llmnorm.errors import ConfigError
 from llmnorm.training.constraints import Constraints
 from llmnorm.training.endings import is_out_of_memory
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.objective import Objective
-from llmnorm.training.pieces import Owned, Piece, PieceReader, share
+from llmnorm.training.pieces import GROUPS, Owned, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-GROUPS = "param_groups"
-"""Pseudo-parameter under which the numbers of the optimizer's groups are saved."""
 NUMBER = ":number"
 """Ending of a slot that is a Python number, saved as a 0-d tensor."""
 
@@ -175,14 +173,15 @@ class NativeEngine(ABC):
     def load_pieces(self, folder: Path) -> None:
         """Copy the weights into place and hand the optimizer its state."""
         weights = PieceReader(folder, "model")
-        if set(weights.names()) != set(self.parameters):
-            differing = sorted(set(weights.names()) ^ set(self.parameters))
-            raise CheckpointError(f"{folder} holds other parameters: {', '.join(differing[:3])}")
+        optimizer = PieceReader(folder, "optimizer")
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        weights.check(shapes)
+        optimizer.check(shapes)
         for name, parameter in self.parameters.items():
             start, local = shard(parameter)
             values = weights.flat(name, start, start + local.numel())
             local.data.copy_(values.reshape(local.shape))
-        self._load_optimizer(PieceReader(folder, "optimizer"))
+        self._load_optimizer(optimizer)
 
     def _load_optimizer(self, reader: PieceReader) -> None:
         """Rebuild the optimizer's own state dict, so that it places and casts as it wants."""
