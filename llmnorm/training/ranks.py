@@ -129,7 +129,8 @@ def meet(run: str, seconds: float | None) -> Store | None:
         seconds = 300.0 if several else 20.0
     end = time.monotonic() + seconds
     store, place = _store(rank, end)
-    keys = [f"llmnorm/{run}/{number}" for number in range(world)]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
+    keys = [f"llmnorm/{attempt}/{run}/{number}" for number in range(world)]
     if store.add(keys[rank], 1) > 1:
         raise EnvironmentProblem(f"two processes say RANK={rank} at {place}; mend the launcher")
     try:
