@@ -10,7 +10,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -244,12 +244,22 @@ class Reporter:
         self.file.write(record)
         self.display.show(record)
         finite = {k: v for k, v in record.items() if k != "step" and _strict(v) is not None}
-        for tracker in self.trackers:
-            tracker.log(finite, step=record["step"])
+        self._each(lambda tracker: tracker.log(finite, step=record["step"]))
 
     def close(self) -> None:
         """Close all of them."""
         self.display.close()
         self.file.close()
-        for tracker in self.trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, work: Callable[[GeneralTracker], object]) -> None:
+        """Do `work` with every tracker; one that fails is dropped, and the run goes on."""
+        for tracker in list(self.trackers):
+            try:
+                work(tracker)
+            except Exception as error:  # each has its own, for a full disk and no network
+                self.trackers.remove(tracker)
+                logger.warning(
+                    "tracker %s failed and gets nothing more (%s); metrics.jsonl has all numbers",
+                    *(tracker.name, f"{type(error).__name__}: {error}"),
+                )

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmnorm.errors import EnvironmentProblem
 from llmnorm.training import metrics
-from llmnorm.training.metrics import Display, MetricsFile, open_trackers
+from llmnorm.training.metrics import Display, MetricsFile, Reporter, open_trackers
 
 pytestmark = pytest.mark.fast
 
@@ -121,3 +121,29 @@ def test_tensorboard_gets_the_numbers_through_accelerate(tmp_path: Path) -> None
     tracker.log({"train/loss": 1.5}, step=1)
     tracker.finish()
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged, display = [], Display(steps=9, completed=0, interval=100)
+
+    class Tracker:
+        name = "remote"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append(step)
+            raise ConnectionError("no route to host")
+
+        def finish(self) -> None:
+            raise AssertionError("it was dropped")
+
+    file = MetricsFile(tmp_path / "metrics.jsonl", completed=0)
+    reporter = Reporter(file, display, [Tracker()])
+    for step in (2, 3):
+        reporter.report({"step": step, "train/loss": 1.0})
+    reporter.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert logged == [2]
+    assert "tracker remote failed" in caplog.text
+    assert "no route to host" in caplog.text
