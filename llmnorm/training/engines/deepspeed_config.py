@@ -205,7 +205,7 @@ def _precision(given: Settings, source: str, precision: Precision) -> Settings:
             "masters, so losses are not those of other engines (torch_autocast is)",
             source,
         )
-        return {"bf16": given["bf16"]}
+        return {"bf16": {**given["bf16"], "check_grad_overflow": True}}  # skips bad steps
     safe = autocast.get("lower_precision_safe_modules", [])
     return {
         "torch_autocast": {
