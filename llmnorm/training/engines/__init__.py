@@ -102,7 +102,7 @@ def choose_engine() -> Engine:
         raise EnvironmentProblem(
             "the launcher asked for DeepSpeed and FSDP at once; use one file of configs/accelerate/"
         )
-    cpu = not torch.cuda.is_available()
+    cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if deepspeed:
         from llmnorm.training.engines.deepspeed import DeepSpeedEngine
 
