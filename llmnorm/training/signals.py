@@ -71,7 +71,7 @@ class StopRequest:
 
     def ask(self, number: int) -> None:
         """Note a signal; may be called from another thread while the main one is in C code."""
-        self.signal_name = signal.Signals(number).name
+        self.signal_name = self.signal_name or signal.Signals(number).name  # the first one's
         if self.starting:
             self._leave(STOPPED_BY_SIGNAL, f"{self.describe()} before the first step")
 
@@ -80,7 +80,7 @@ class StopRequest:
         self._leave = leave
         self.starting = True
         if self.signal_name is not None:
-            self.ask(signal.Signals[self.signal_name])
+            self._leave(STOPPED_BY_SIGNAL, f"{self.describe()} before the first step")
 
     def stay(self) -> None:
         """From now on a signal waits for the next step boundary."""

@@ -1,6 +1,7 @@
 """A thread beside the training loop that knows when another rank is gone or nothing moves.
 
     RUN/.beats/00001    {"beat": 7, "step": 41, "stage": "step"}, written twice a second
+    RUN/.beats/stop     the name of the signal that asked some rank to stop
 
 The loop says where it stands (`tick`); nothing here takes part in a collective. A local process
 that ends without a word is seen at once, through its pid; a run that stands still by its beats.
@@ -68,6 +69,7 @@ class Watch:
         self.stage = "start"
         self._ticks = 0
         self._beats = 0
+        self._passed_on = False  # a request to stop, from here or to here
         self._still = 0.0  # seconds without a tick, as far as this process was awake
         self._peers: dict[int, int] = {}  # descriptor of a local process -> its rank
         self._thread: threading.Thread | None = None
@@ -144,6 +146,7 @@ class Watch:
             if self.stage == "done":
                 return
             self._follow_exit()
+            self._pass_on()
             # A process that was stopped itself, or a laptop that slept, has not waited.
             moved, seen = self._ticks != seen, self._ticks
             self._still = 0.0 if moved else self._still + min(now - before, 2 * _POLL_SECONDS)
@@ -162,6 +165,20 @@ class Watch:
         for number in os.read(self._wake, 512):
             if number in WATCHED:  # data workers end with a SIGCHLD, which comes here too
                 self.stop.ask(number)
+
+    def _pass_on(self) -> None:
+        """Let a request to stop that reached one rank wake all, which may be waiting for data."""
+        path = self.folder / "stop"
+        with suppress(OSError):
+            if self._passed_on:
+                return
+            if self.stop.signal_name is not None:
+                self._passed_on = True
+                path.write_text(self.stop.signal_name)
+            elif path.is_file():
+                self._passed_on = True
+                self.stop.signal_name = path.read_text() or None
+                os.kill(os.getpid(), signal.SIGUSR1)
 
     def _beat(self) -> None:
         self._beats += 1
