@@ -201,7 +201,7 @@ class Trainer:
         """Open metrics.jsonl, display and trackers (rank 0)."""
         log = self.config.log
         trackers = open_trackers(log.trackers, self.directory.path, tracker_config(self.config))
-        file = MetricsFile(self.directory.metrics_file, completed=self.step)
+        file = MetricsFile(self.directory.metrics_file, self.step - bool(self.unvalidated))
         display = Display(steps=self.plan.steps, completed=self.step, interval=log.interval_steps)
         self.reporter = Reporter(file, display, trackers)
         flops, source = peak_flops(self.device, self.precision)

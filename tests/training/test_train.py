@@ -20,7 +20,7 @@ from llmnorm.data import Prepared
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem
 from llmnorm.training.checkpoint import verify
 from llmnorm.training.engines.plain import PlainEngine
-from llmnorm.training.loop import train
+from llmnorm.training.loop import Trainer, train
 from llmnorm.training.signals import STOPPED_BY_SIGNAL
 from llmnorm.training.soundness import Diverged
 
@@ -222,6 +222,27 @@ def test_a_signal_saves_at_the_step_boundary_and_the_run_continues_bit_for_bit(
     assert recorded in (stopped_at - 1, stopped_at)
     verify(config.output.dir / "checkpoints" / f"step_{stopped_at:08d}")
     assert number.name in leaving["cause"]
+
+
+def test_a_validation_cut_short_twice_leaves_one_record_a_step(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    real = Trainer.between_batches
+
+    def between_batches(self: Trainer) -> None:
+        monkeypatch.setattr(Trainer, "between_batches", real)
+        self.stop.ask(signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(Trainer, "between_batches", between_batches)
+    assert train(config) == STOPPED_BY_SIGNAL
+    assert [record["step"] for record in metrics(config.output.dir)] == [1, 2, 3]
+    stop_after(5, monkeypatch, Killed())
+    with pytest.raises(Killed):
+        train(config)
+    assert train(config) == 0
+    assert [record["step"] for record in metrics(config.output.dir)] == list(range(1, 13))
 
 
 def _poison(steps: set[int], monkeypatch: pytest.MonkeyPatch, value: float) -> list[bool]:
