@@ -263,6 +263,7 @@ class Trainer:
 
     def last_checkpoint(self) -> str:
         """Return the run's newest checkpoint, after the save under way."""
+        self.watch.tick("saving")
         self.saver.wait()
         return str(next(iter(self.checkpoints.folders()), "none"))
 
