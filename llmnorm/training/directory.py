@@ -23,6 +23,7 @@ from llmnorm.config import RunConfig, load_run_config
 from llmnorm.durable import follow_umask, sync, take_lock, write_durably
 from llmnorm.errors import CheckpointError, ConfigError, EnvironmentProblem, LlmNormError
 from llmnorm.safe_files import read_json
+from llmnorm.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,21 @@ class RunDirectory:
             self.close()
             raise
         return self.final.is_dir()
+
+    def enter(self, config: RunConfig, ranks: Ranks) -> bool:
+        """Do `open` on rank 0; return on every rank whether the run is finished already.
+
+        Raises:
+            EnvironmentProblem: if a rank sees another folder there, such as a disk of its own.
+        """
+        finished = ranks.on_main(lambda: self.open(config))
+        seen = ranks.gather(self.config_file.is_file())
+        if not all(seen):
+            raise EnvironmentProblem(
+                f"rank {seen.index(False)} does not find in output.dir={self.path} what rank 0 "
+                "wrote there; choose a folder on a disk that all machines share"
+            )
+        return bool(finished)
 
     def _lock(self) -> None:
         """Keep other runs out until this process ends, however it ends."""

@@ -48,7 +48,7 @@ def train(config: RunConfig) -> int:
         meeting = meet(str(directory.path), config.faults.meet_seconds)
         engine = choose_engine()
         del meeting  # the group has formed
-        if engine.ranks.on_main(lambda: directory.open(config)):
+        if directory.enter(config, engine.ranks):
             logger.info("run %s is finished: its model is %s", directory.path, directory.final)
             engine.finish(None)
             directory.close()

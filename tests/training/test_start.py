@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmnorm.config import RunConfig, load_run_config
 from llmnorm.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from llmnorm.training.directory import RunDirectory
 from llmnorm.training.loop import train
+from llmnorm.training.ranks import Ranks
 
 from .conftest import Killed, stop_after
 
@@ -147,3 +149,15 @@ def test_other_data_under_the_same_path_is_refused(
     facts.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="fingerprint 000000000000"):
         train(config)
+
+
+def test_a_rank_that_sees_another_folder_is_named(tiny: Tiny) -> None:
+    class TwoMachines(Ranks):
+        def gather(self, value: bool) -> list[bool]:
+            return [value, False]
+
+    config = tiny()
+    directory = RunDirectory(config.output.dir)
+    with pytest.raises(EnvironmentProblem, match=r"rank 1 does not find .* all machines share"):
+        directory.enter(config, TwoMachines(0, 1, torch.device("cpu")))
+    directory.close()
