@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 # Resolved by the placement, so never given by hand.
 _RESOLVED = {"residuals", "final_norm", "logits", "streams", "wiring", "norm", "placement"}
 _AXES = ("init", "embedding", "weights", "parametrization")  # a scheme's other defaults
+# DeepNet's 1,000 layers and a vocabulary of 262,144 are the most published; ten times that or more
+# is a slip of the hand, found here before anything is resolved or allocated.
+_LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "hidden_size": 2**18}
 # Written by transformers beside the fields.
 _METADATA = {"model_type", "architectures", "auto_map", "transformers_version", "dtype"}
 
@@ -69,6 +72,7 @@ def build_config(
         rule, spec = parse_placement(placement), _parse_norm(norm)
         fields_ = {**shape, **overrides, "norm": spec.to_dict(), "placement": rule.to_dict()}
         _check_accepted(rule, spec)
+        _check_limits(fields_)
         if spec.pointwise:
             fields_.setdefault("embedding", "scale")
         config = LlmNormConfig(**{**{axis: getattr(rule, axis) for axis in _AXES}, **fields_})
@@ -173,6 +177,13 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} is set by the scheme; choose norm and placement instead")
         if name not in own:
             raise ConfigError(f"no config field is called {name!r}{suggest(name, sorted(own))}")
+
+
+def _check_limits(given: Mapping[str, Any]) -> None:
+    for name, limit in _LIMITS.items():
+        value = given.get(name)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(f"{name} is {value}; expected at most {limit}")
 
 
 def _resolve(config: LlmNormConfig, rule: Placement, norm: NormSpec) -> None:

@@ -15,10 +15,6 @@ from llmnorm.resources import shape_folder, suggest
 if TYPE_CHECKING:
     from llmnorm.config.models import NormChoice, PlacementChoice
 
-# DeepNet's 1,000 layers and a vocabulary of 262,144 are the most published; ten times that or more
-# is a slip of the hand, found here before anything is resolved or allocated.
-_LIMITS = {"num_hidden_layers": 10_000, "vocab_size": 2**24, "hidden_size": 2**18}
-
 
 def import_module(name: str) -> None:
     """Import a module that registers norms or placements; raise ValueError if that fails.
@@ -111,10 +107,6 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
     for name, key in (("base", "preset"), ("norm", "norm"), ("placement", "placement")):
         if name in overrides:
             raise ValueError(f"{name} has its own key: model.{key}")
-    for name, limit in _LIMITS.items():
-        value = overrides.get(name)
-        if isinstance(value, int) and value > limit:
-            raise ValueError(f"{name} is {value}; expected at most {limit}")
 
 
 @contextmanager
