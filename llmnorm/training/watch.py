@@ -129,6 +129,8 @@ class Watch:
         except ProcessLookupError:
             self._ended(rank, "died")
             return
+        except OSError:  # a kernel or a sandbox that does not have the call
+            return
         self._peers[descriptor] = rank
         self._poll.register(descriptor, select.POLLIN)
 

@@ -1,5 +1,6 @@
 """What the watch says of ranks that are gone."""
 
+import errno
 import os
 import select
 import signal
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from llmnorm.training.watch import _how_it_died, _list
+from llmnorm.training.watch import Watch, _how_it_died, _list
 
 pytestmark = pytest.mark.fast
 
@@ -39,3 +40,14 @@ def test_the_cause_of_a_death_is_read_from_the_system(
     os.waitpid(child, 0)
     assert said == _how_it_died(descriptor) or "without a word" in _how_it_died(descriptor)
     os.close(descriptor)
+
+
+def test_a_system_that_refuses_pidfds_is_borne(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    watch = object.__new__(Watch)
+    watch._peers = {}
+    watch._follow(1, os.getpid())
+    assert watch._peers == {}
