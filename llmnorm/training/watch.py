@@ -289,11 +289,12 @@ def _status_after_wait(descriptor: int) -> int:
     return int(struct.unpack_from("=i", info, exit_code_at)[0])
 
 
-def _namespace() -> int:
-    """Tell apart processes that cannot see each other's pids."""
+def _namespace() -> str:
+    """Tell apart processes that cannot see each other's pids; machines may share a name."""
     with suppress(OSError):
-        return os.stat("/proc/self/ns/pid").st_ino
-    return 0
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    return ""
 
 
 def _list(ranks: list[int]) -> str:
