@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from reliability.area_c import same_losses
 from reliability.area_n import far, ragged, weights
-from reliability.engines import ENGINES, finished, import_engines
+from reliability.engines import ENGINES, Group, finished, import_engines
 from reliability.harness import Trial, bar
 from reliability.runs import PRETRAIN, clean_environment
+from torch.optim import _muon
 from training.conftest import metrics, numbers
+
+from llmnorm.config import load_run_config
+from llmnorm.training.loop import train
 
 ROOT = PRETRAIN.parents[1]
 STEPS = 20
@@ -136,3 +141,51 @@ def curves(trial: Trial) -> None:
     last, other = metrics(alone)[-1], metrics(pair)[-1]
     for key in ("train/loss", "val/loss"):
         assert abs(other[key] / last[key] - 1) <= 1e-4, (key, last[key], other[key])
+
+
+def _zeropower(update: torch.Tensor, factors: Any, steps: int, eps: float) -> torch.Tensor:
+    """As torch's Newton-Schulz iteration, in float64: its bfloat16 would hide any difference."""
+    a, b, c = factors
+    x = update.double()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if update.shape[0] > update.shape[1] else x).to(update.dtype)
+
+
+def _train_with_muon(engine: str, world: int, run: Path, logs: Path) -> None:
+    flags = _words(run, optimizer__name="muon", training__micro_batch_size=2)
+
+    def work() -> int:
+        _muon._zeropower_via_newtonschulz = _zeropower
+        return train(load_run_config(None, flags))
+
+    group = Group(engine, world, flags, logs, work)
+    try:
+        assert group.wait(100) == [0] * world, group.tail()
+    finally:
+        group.end()
+
+
+def _muon_alone(folder: Path) -> Path:
+    import_engines()
+    _train_with_muon("plain", 1, folder / "alone", folder / "logs")
+    return folder / "alone"
+
+
+@bar(
+    "N3m",
+    "Muon on every engine, its iteration in float64",
+    total=len(ENGINES),
+    ci=2,
+    prepare=_muon_alone,
+)
+def muon_everywhere(trial: Trial) -> None:
+    engine = list(ENGINES)[trial.index]
+    trial.note(f"{engine}-2")
+    run = trial.folder / "run"
+    _train_with_muon(engine, 2, run, trial.folder / "logs")
+    worst = same_losses(run, trial.shared, 1)
+    assert worst <= LOSS_TOLERANCE, f"losses differ by {worst:.1e} relative"
