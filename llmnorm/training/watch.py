@@ -144,8 +144,9 @@ class Watch:
                     self._hear()
                 else:
                     self._lost(descriptor)
+            done = self.stage == "done"  # before the beat, or it may be missing there
             self._beat()
-            if self.stage == "done":
+            if done:
                 return
             self._follow_exit()
             self._pass_on()
