@@ -5,9 +5,16 @@ import os
 import select
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from llmnorm.config import FaultsSection
+from llmnorm.training.directory import RunDirectory
+from llmnorm.training.endings import Ending
+from llmnorm.training.ranks import Ranks
+from llmnorm.training.signals import StopRequest
 from llmnorm.training.watch import Watch, _how_it_died, _list
 
 pytestmark = pytest.mark.fast
@@ -51,3 +58,25 @@ def test_a_system_that_refuses_pidfds_is_borne(monkeypatch: pytest.MonkeyPatch) 
     watch._peers = {}
     watch._follow(1, os.getpid())
     assert watch._peers == {}
+
+
+def test_the_last_beat_says_done_even_if_the_run_ends_while_one_is_written(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    ending = Ending(directory, ranks, step=lambda: 7)
+    watch = Watch(directory, ranks, ending, StopRequest(), FaultsSection())
+    watch.folder.mkdir()
+    watch._wake, watch._woken = os.pipe()
+    watch._poll = select.poll()
+    watch._poll.register(watch._wake, select.POLLIN)
+    write, written = watch._beat, []
+
+    def beat() -> None:
+        write()
+        written.append(watch._read_beat(0)["stage"])
+        watch.stage = "done"  # the main thread is quick
+        os.write(watch._woken, b"\0")
+
+    watch._beat = beat  # type: ignore[method-assign]
+    watch._run()
+    assert written == ["start", "done"]
