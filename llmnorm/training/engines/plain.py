@@ -7,13 +7,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import EnvironmentProblem
 from llmnorm.processes import leave_process_group
+from llmnorm.training.engines import MicroBatch
 from llmnorm.training.engines.native import NativeEngine
 from llmnorm.training.objective import Objective
 from llmnorm.training.ranks import Ranks
@@ -45,6 +48,7 @@ class PlainEngine(NativeEngine):
         )
         world = self.accelerator.num_processes
         super().__init__(Ranks(self.accelerator.process_index, world, self.accelerator.device))
+        self._settled = False
         check_world(world)
 
     def wrap(self, objective: Objective) -> Any:
@@ -64,6 +68,21 @@ class PlainEngine(NativeEngine):
                 "DistributedDataParallel: their gradients would not be averaged"
             )
         return wrapped
+
+    def backward(self, micro_batches: list[MicroBatch], count: float) -> Tensor:
+        """As in `NativeEngine`; before the first one DDP settles its buckets.
+
+        It orders them anew after its first backward pass, and with more than two ranks another
+        order of sums is another rounding: the first step of a continued run would differ. So the
+        first micro-batch is passed through once for nothing.
+        """
+        if self.ranks.world > 1 and not self._settled:
+            self._settled = True
+            cuda = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda):
+                super().backward(micro_batches[:1], count)
+            self.optimizer.zero_grad()
+        return super().backward(micro_batches, count)
 
     def exchanging(self, last: bool) -> AbstractContextManager[object]:
         """Gradients travel with the last micro-batch alone."""
