@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import ConfigError, EnvironmentProblem
 from llmnorm.processes import leave_process_group
@@ -27,10 +26,10 @@ from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
 from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
 from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
-from llmnorm.training.engines.native import NUMBER, number
+from llmnorm.training.engines.native import NUMBER, group_numbers, number, write_model
 from llmnorm.training.engines.plain import PATIENCE, check_world
 from llmnorm.training.objective import IGNORED, Objective
-from llmnorm.training.pieces import GROUPS, Owned, Piece, PieceReader, share
+from llmnorm.training.pieces import GROUPS, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
 
@@ -199,7 +198,7 @@ class DeepSpeedEngine:
             for slot, value in self.optimizer.state.get(shard.flat, {}).items():
                 for part in shard.parts:
                     yield from self._slot(shard, part, slot, value)
-        yield from share(self._numbers(), self.ranks.rank, self.ranks.world)
+        yield from share(group_numbers(self.optimizer), self.ranks.rank, self.ranks.world)
 
     def _frozen(self) -> list[Shard]:
         """Return the parameters that no optimizer steps: in ranges at stage 3, else whole."""
@@ -225,12 +224,6 @@ class DeepSpeedEngine:
                 f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state {slot!r} "
                 "that is not one value an element; under ZeRO use another optimizer, or ddp.yaml"
             )
-
-    def _numbers(self) -> Iterator[Owned]:
-        for index, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
-                if isinstance(value, int | float) and key != "lr":
-                    yield number(f"{GROUPS}.{index}", key, value)
 
     def load_pieces(self, folder: Path) -> None:
         """Fill this rank's shards from the ranges it needs, then the copies that forwards use."""
@@ -291,15 +284,7 @@ class DeepSpeedEngine:
     def finish(self, folder: Path | None) -> None:
         """Gather one tensor after the other into rank 0's memory, write, leave the group."""
         if folder is not None:
-            gathered: dict[str, Tensor] = {}
-            for name, parameter in self.parameters.items():
-                complete = self._complete(parameter)
-                if self.ranks.is_main:
-                    gathered[name] = complete.cpu()
-                del complete
-            if self.ranks.is_main:
-                transformers_logging.disable_progress_bar()
-                self.model.save_pretrained(folder, state_dict=gathered)
+            write_model(self.model, folder, self.ranks, self.parameters, self._complete)
         if self.wrapped is not None:
             self.wrapped.destroy()
             self.wrapped = self.zero = None

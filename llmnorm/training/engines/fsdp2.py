@@ -13,15 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import EnvironmentProblem
 from llmnorm.processes import leave_process_group
-from llmnorm.training.engines.native import NativeEngine, whole
+from llmnorm.training.engines.native import NativeEngine, whole, write_model
 from llmnorm.training.engines.plain import PATIENCE, check_world
 from llmnorm.training.objective import Objective
 from llmnorm.training.ranks import Ranks
@@ -79,15 +77,7 @@ class FSDP2Engine(NativeEngine):
     def finish(self, folder: Path | None) -> None:
         """Gather one tensor after the other into rank 0's memory, write, leave the group."""
         if folder is not None:
-            gathered: dict[str, Tensor] = {}
-            for name, parameter in self.parameters.items():
-                complete = whole(parameter.detach())
-                if self.ranks.is_main:
-                    gathered[name] = complete.cpu()
-                del complete
-            if self.ranks.is_main:
-                transformers_logging.disable_progress_bar()
-                self.model.save_pretrained(folder, state_dict=gathered)
+            write_model(self.model, folder, self.ranks, self.parameters, whole)
         self.wrapped = None
         leave_process_group()
 

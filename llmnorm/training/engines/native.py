@@ -8,7 +8,7 @@ wrapped, and when gradients travel, is the engine's.
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import ConfigError
 from llmnorm.training.constraints import Constraints
@@ -127,7 +128,7 @@ class NativeEngine(ABC):
             Owned(name=name, slot="", tensor=p, split=True) for name, p in self.parameters.items()
         ]
         yield from self._own(weights)
-        yield from self._own([*self._slots(), *self._numbers()])
+        yield from self._own([*self._slots(), *group_numbers(self.optimizer)])
 
     def _own(self, tensors: Iterable[Owned]) -> Iterator[Piece]:
         replicated = []
@@ -163,12 +164,6 @@ class NativeEngine(ABC):
                         f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state "
                         f"{slot!r}; a checkpoint holds tensors and numbers, use another optimizer"
                     )
-
-    def _numbers(self) -> Iterator[Owned]:
-        for index, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
-                if isinstance(value, int | float) and key != "lr":
-                    yield number(f"{GROUPS}.{index}", key, value)
 
     def load_pieces(self, folder: Path) -> None:
         """Copy the weights into place and hand the optimizer its state."""
@@ -246,3 +241,39 @@ def number(name: str, slot: str, value: float) -> Owned:
     dtype = {bool: torch.bool, int: torch.int64}.get(type(value), torch.float64)
     tensor = torch.tensor(value, dtype=dtype)
     return Owned(name=name, slot=f"{slot}{NUMBER}", tensor=tensor, split=False)
+
+
+def group_numbers(optimizer: Any) -> Iterator[Owned]:
+    """Yield the numbers of an optimizer's groups; learning rates are the schedule's."""
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, int | float) and key != "lr":
+                yield number(f"{GROUPS}.{index}", key, value)
+
+
+@torch.no_grad()
+def write_model(
+    model: Any,
+    folder: Path,
+    ranks: Ranks,
+    parameters: Mapping[str, Tensor],
+    gather: Callable[[Tensor], Tensor],
+) -> None:
+    """Gather one parameter after the other into rank 0's memory; write a Hugging Face folder.
+
+    Args:
+        model: whose config and code go into the folder.
+        folder: to write, by rank 0.
+        ranks: the processes of the run.
+        parameters: by name, the same on every rank.
+        gather: returns the whole of one; a collective.
+    """
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        complete = gather(parameter)
+        if ranks.is_main:
+            gathered[name] = complete.cpu()
+        del complete
+    if ranks.is_main:
+        transformers_logging.disable_progress_bar()
+        model.save_pretrained(folder, state_dict=gathered)
