@@ -130,27 +130,49 @@ def meet(run: str, seconds: float | None) -> Store | None:
     end = time.monotonic() + seconds
     store, place = _store(rank, end)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
-    keys = [f"llmnorm/{attempt}/{run}/{number}" for number in range(world)]
-    if store.add(keys[rank], 1) > 1:
+    key = f"llmnorm/{attempt}/{run}"
+    if store.add(f"{key}/{rank}", 1) > 1:
         raise EnvironmentProblem(f"two processes say RANK={rank} at {place}; mend the launcher")
     try:
-        while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
-            if rank and store.check([f"{keys[0]}/gave up"]):
-                raise SystemExit(EnvironmentProblem.exit_code)  # rank 0 has said why
-            if not rank and time.monotonic() > end:
-                store.set(f"{keys[0]}/gave up", "")
-                time.sleep(0.5)  # for the others to see it
-                raise EnvironmentProblem(
-                    f"of {world} ranks, {', '.join(map(str, missing[:20]))} did not come to "
-                    f"{place} in {seconds:.0f} s; start all, or raise faults.meet_seconds"
-                )
-            if time.monotonic() > end + 5:
-                raise DistNetworkError("rank 0 of this run does not come")
-            time.sleep(0.05)
+        if rank:
+            _wait_for_first(store, key, end)
+        elif missing := _missing(store, key, world, end):
+            raise EnvironmentProblem(
+                f"of {world} ranks, {', '.join(map(str, missing[:20]))} did not come to "
+                f"{place} in {seconds:.0f} s; start all, or raise faults.meet_seconds"
+            )
     except DistNetworkError as error:
         seen = str(error).partition("\n")[0][:120]
         raise EnvironmentProblem(f"rank {rank} lost the others at {place}: {seen}") from error
     return store
+
+
+def _missing(store: Store, key: str, world: int, end: float) -> list[int]:
+    """Wait for all (rank 0) and tell them; return who did not come."""
+    missing = list(range(world))
+    while missing := [rank for rank in missing if not store.check([f"{key}/{rank}"])]:
+        if time.monotonic() > end:
+            store.set(f"{key}/all", "missing")
+            time.sleep(0.5)  # for the others to see it
+            return missing
+        time.sleep(0.05)
+    store.set(f"{key}/all", "here")
+    return []
+
+
+def _wait_for_first(store: Store, key: str, end: float) -> None:
+    """Wait until rank 0 says that all are here.
+
+    Raises:
+        DistNetworkError: if it does not come.
+        SystemExit: if some rank did not, which rank 0 has said.
+    """
+    while not store.check([f"{key}/all"]):
+        if time.monotonic() > end + 5:
+            raise DistNetworkError("rank 0 of this run does not come")
+        time.sleep(0.05)
+    if store.get(f"{key}/all") != b"here":
+        raise SystemExit(EnvironmentProblem.exit_code)
 
 
 def _store(rank: int, end: float) -> tuple[Store, str]:
