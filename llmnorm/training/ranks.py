@@ -129,9 +129,13 @@ def meet(run: str, seconds: float | None) -> Store | None:
         seconds = 300.0 if several else 20.0
     end = time.monotonic() + seconds
     store, place = _store(rank, end)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store outlives it
-    key = f"llmnorm/{attempt}/{run}"
+    key = f"llmnorm/{run}"
     if store.add(f"{key}/{rank}", 1) > 1:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torch would meet the dead
+            raise EnvironmentProblem(
+                f"the launcher started ranks again at {place}, where they would meet those of "
+                "before; set max_restarts to 0 and start the run again"
+            )
         raise EnvironmentProblem(f"two processes say RANK={rank} at {place}; mend the launcher")
     try:
         if rank:
