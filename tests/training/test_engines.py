@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import llmnorm
-from llmnorm.training.engines import Engine
+from llmnorm.errors import EnvironmentProblem
+from llmnorm.training.engines import Engine, choose_engine
 from llmnorm.training.engines.plain import PlainEngine
 
 pytestmark = pytest.mark.fast
@@ -43,3 +44,12 @@ def test_script_and_loop_are_short() -> None:
     assert len(script.read_text().splitlines()) <= 60
     loop = PACKAGE / "training" / "loop.py"
     assert len(loop.read_text().splitlines()) < 300
+
+
+def test_processes_that_form_no_group_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: PlainEngine, *, cpu: bool) -> None:
+        raise RuntimeError("connectFullMesh failed: timed out\nand forty lines more")
+
+    monkeypatch.setattr(PlainEngine, "__init__", refused)
+    with pytest.raises(EnvironmentProblem, match=r"form a group: .*timed out; llmnorm"):
+        choose_engine()

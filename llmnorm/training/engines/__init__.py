@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmnorm.errors import EnvironmentProblem
+from llmnorm.errors import EnvironmentProblem, LlmNormError
 from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Piece
 from llmnorm.training.precision import Precision
@@ -89,8 +89,23 @@ def choose_engine() -> Engine:
     """Return the engine that the launcher asked for.
 
     Raises:
-        EnvironmentProblem: if the launcher asked for one that there is not, or for two at once.
+        EnvironmentProblem: if the launcher asked for one that there is not, or for two at once, or
+            the processes cannot form a group.
     """
+    try:
+        engine = _choose()
+        engine.ranks.sums(1)  # NCCL connects in the first collective
+    except RuntimeError as error:
+        if isinstance(error, LlmNormError):
+            raise
+        raise EnvironmentProblem(
+            f"the processes cannot form a group: {str(error).partition(chr(10))[0]:.160}; "
+            "llmnorm doctor looks at GPUs and network"
+        ) from error
+    return engine
+
+
+def _choose() -> Engine:
     for variable, what in _UNSUPPORTED.items():
         if _asked(variable):
             raise EnvironmentProblem(
