@@ -311,7 +311,7 @@ class FaultsSection(Section):
         None, description="wait for all processes to come (unset: 20, on several machines 300)"
     )
     start_seconds: Positive = Field(
-        600, description="without progress until the first step is done, or while saving"
+        3600, description="without progress until the first step is done, or while saving"
     )
     hang_seconds: Positive = Field(
         120, description="without progress of a process among several, then all end"

@@ -45,8 +45,9 @@ class Ending:
         self.step = step
         self.trace_file = directory.path / f"trace-{self.rank:05d}.txt"
         self._leaving = threading.RLock()
+        self.trace_file.unlink(missing_ok=True)  # of the start before
         self._fatal = (
-            None if faulthandler.is_enabled() else open(self.trace_file, "w")  # noqa: SIM115
+            None if faulthandler.is_enabled() else open(self.trace_file, "a")  # noqa: SIM115
         )
         if self._fatal is not None:
             faulthandler.enable(self._fatal)

@@ -31,6 +31,8 @@ from llmnorm.training.ranks import Ranks
 from llmnorm.training.signals import WATCHED, StopRequest
 
 _POLL_SECONDS = 0.5
+_RANKS_A_SECOND = 256
+"""Beats that a shared disk is asked to write: many ranks look less often."""
 _GRACE_SECONDS = 1.0
 """How long a rank may take to leave by itself after another one recorded the run's end."""
 _DEATH = 3
@@ -69,6 +71,7 @@ class Watch:
         self.stage = "start"
         self._ticks = 0
         self._beats = 0
+        self._pause = max(_POLL_SECONDS, ranks.world / _RANKS_A_SECOND)  # seconds between looks
         self._passed_on = False  # a request to stop, from here or to here
         self._still = 0.0  # seconds without a tick, as far as this process was awake
         self._peers: dict[int, int] = {}  # descriptor of a local process -> its rank
@@ -137,7 +140,7 @@ class Watch:
     def _run(self) -> None:
         before, seen = time.monotonic(), -1
         while True:
-            ready = self._poll.poll(_POLL_SECONDS * 1000)
+            ready = self._poll.poll(self._pause * 1000)
             now = time.monotonic()
             for descriptor, _ in ready:
                 if descriptor == self._wake:
@@ -152,7 +155,7 @@ class Watch:
             self._pass_on()
             # A process that was stopped itself, or a laptop that slept, has not waited.
             moved, seen = self._ticks != seen, self._ticks
-            self._still = 0.0 if moved else self._still + min(now - before, 2 * _POLL_SECONDS)
+            self._still = 0.0 if moved else self._still + min(now - before, 2 * self._pause)
             before = now
             if self._still > getattr(self.faults, self._key):
                 self._stuck()
@@ -187,13 +190,13 @@ class Watch:
         self._beats += 1
         beat = {"beat": self._beats, "step": self.ending.step(), "stage": self.stage}
         with suppress(OSError):  # a full disk is told by who needs it
-            (self.folder / f"{self.ranks.rank:05d}").write_text(json.dumps(beat))
+            hidden = self.folder / f".{self.ranks.rank:05d}"
+            hidden.write_text(json.dumps(beat))
+            hidden.replace(self.folder / f"{self.ranks.rank:05d}")
 
     def _read_beat(self, rank: int) -> dict[str, Any]:
-        for _ in range(5):  # it may be half written
-            with suppress(OSError, ValueError):
-                return dict(json.loads((self.folder / f"{rank:05d}").read_text()))
-            time.sleep(0.02)
+        with suppress(OSError, ValueError):
+            return dict(json.loads((self.folder / f"{rank:05d}").read_text()))
         return {"beat": 0, "step": 0, "stage": "start"}
 
     def _follow_exit(self) -> None:
@@ -233,7 +236,7 @@ class Watch:
         ranks, ticks = range(self.ranks.world), self._ticks
         first = [self._read_beat(rank) for rank in ranks]
         for _ in range(3):
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._pause)
             self._beat()  # the others look, too
         beats = [self._read_beat(rank) for rank in ranks]
         if self._ticks != ticks:
