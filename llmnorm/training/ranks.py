@@ -102,6 +102,18 @@ class Ranks:
         return answer["value"]
 
 
+def launched(name: str, default: int) -> int:
+    """Return a number that the launcher put into the environment.
+
+    Raises:
+        EnvironmentProblem: if it is none.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) > 65_535:
+        raise EnvironmentProblem(f"the launcher says {name}={text!r}; expected a number; mend it")
+    return int(text)
+
+
 def meet(run: str, seconds: float | None) -> Store | None:
     """Wait until every process that the launcher speaks of is here, or say which is not.
 
@@ -119,7 +131,9 @@ def meet(run: str, seconds: float | None) -> Store | None:
     Raises:
         EnvironmentProblem: if some rank does not come, comes twice, or the port is taken.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world, rank = launched("WORLD_SIZE", 1), launched("RANK", 0)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        launched(name, 0)
     if world == 1:
         return None
     if not 0 <= rank < world:

@@ -4,6 +4,7 @@ One protocol of six verbs; the loop knows no more about the engine than this. Th
 chooses the engine, the run file everything that changes numbers.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from llmnorm.training.objective import Objective
 from llmnorm.training.pieces import Piece
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, Tensor]
 MakeOptimizer = Callable[[PreTrainedModel], Any]
@@ -79,6 +82,10 @@ class Engine(Protocol):
         """Write the weights as a Hugging Face folder (None: do not) and leave the group."""
 
 
+_NOT_THE_LAUNCHERS = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "training.precision"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "training.compile"),
+}
 _UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
@@ -106,6 +113,9 @@ def choose_engine() -> Engine:
 
 
 def _choose() -> Engine:
+    for variable, (default, key) in _NOT_THE_LAUNCHERS.items():
+        if (value := os.environ.get(variable, default)).lower() != default:
+            logger.warning("%s=%s of the launcher is not used: %s decides", variable, value, key)
     for variable, what in _UNSUPPORTED.items():
         if _asked(variable):
             raise EnvironmentProblem(

@@ -161,6 +161,8 @@ class DeepSpeedEngine:
         applied = self.wrapped.was_step_applied()
         if applied and self.rules:
             self._keep_rules(step)
+        if step == 1:
+            list(self.pieces())  # a state that no checkpoint can hold is refused now
         norm = float(self.wrapped.get_global_grad_norm())
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
@@ -249,16 +251,18 @@ class DeepSpeedEngine:
             slots.setdefault(name, []).append(slot)
         for index, group in enumerate(self.optimizer.param_groups):
             for slot in slots.get(f"{GROUPS}.{index}", []):
-                group[slot.removesuffix(NUMBER)] = reader.tensor(
-                    f"{GROUPS}.{index}.{slot}", torch.Size()
-                ).item()
+                value = reader.tensor(f"{GROUPS}.{index}.{slot}", torch.Size())
+                is_number = slot.endswith(NUMBER)
+                group[slot.removesuffix(NUMBER)] = value.item() if is_number else value
         for shard in self.shards:
             group = self.optimizer.param_groups[shard.group]
             on_device = group.get("fused") or group.get("capturable")
             state = self.optimizer.state[shard.flat]
-            for slot in slots.get(shard.parts[0].name, []):
-                key = f"{shard.parts[0].name}.{slot}"
-                if reader.whole_shape(key) == torch.Size():
+            largest = max(shard.parts, key=lambda part: part.shape.numel())
+            for slot in slots.get(largest.name, []):
+                key = f"{largest.name}.{slot}"
+                stored = reader.whole_shape(key)
+                if stored is not None and stored.numel() == 1 and stored != largest.shape:
                     value = reader.tensor(key, torch.Size())
                     place = shard.flat.device if on_device else value.device
                     number_ = slot.endswith(NUMBER)

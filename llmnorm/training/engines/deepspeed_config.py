@@ -42,7 +42,7 @@ _ZERO = {
     *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
     *("stage3_model_persistence_threshold", "stage3_max_live_parameters"),
     *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
-    *("stage3_module_granularity_threshold", "stage3_allgather_sequential"),
+    "stage3_allgather_sequential",
 }
 _REASONS = {
     "optimizer": "the optimizer is the run file's",
@@ -127,8 +127,13 @@ def _refuse(settings: Settings, source: str) -> None:
         if key not in known:
             reason = _REASONS.get(key, f"this engine does not have it{suggest(key, sorted(known))}")
             raise ConfigError(f"{source}: {key} is refused: {reason}; remove it")
+    _check_kinds(settings, source)
     zero = settings.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+    if (
+        not isinstance(zero, dict)
+        or type(zero.get("stage")) is not int
+        or not 1 <= zero["stage"] <= 3
+    ):
         stage = zero.get("stage") if isinstance(zero, dict) else zero
         raise ConfigError(
             f"{source}: zero_optimization.stage is {stage!r}; expected 1, 2 or 3 (without sharding "
@@ -145,6 +150,22 @@ def _refuse(settings: Settings, source: str) -> None:
                 f"{source}: zero_optimization.{key} is refused: with it DeepSpeed's steps are not "
                 "those of the other engines; remove it and use a higher stage or more processes"
             )
+
+
+def _check_kinds(settings: Settings, source: str) -> None:
+    """Refuse values of a kind that would be passed over or fail later."""
+    zero = settings.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    offloads = {f"zero_optimization.{key}": zero.get(key) for key in zero if "offload" in key}
+    for key, value in {**{key: settings.get(key, {}) for key in _PRECISION}, **offloads}.items():
+        if not isinstance(value, dict) and not (value is None and key in offloads):
+            raise ConfigError(f"{source}: {key} is {value!r}; expected a mapping")
+        enabled = (value or {}).get("enabled", "auto")
+        if enabled not in ("auto", True, False) or type(enabled) is int:
+            raise ConfigError(f"{source}: {key}.enabled is {enabled!r}; expected true or false")
+    for key, value in zero.items():
+        if key.endswith(("_size", "_threshold")) and value != "auto" and type(value) is not int:
+            raise ConfigError(f"{source}: zero_optimization.{key} is {value!r}; expected a number")
 
 
 def fill_settings(

@@ -121,6 +121,8 @@ class NativeEngine(ABC):
                 f"{type(self.optimizer).__name__} fails in its first step ({seen}); change "
                 "optimizer.name or optimizer.options"
             ) from error
+        if first:
+            list(self._slots())  # a state that no checkpoint can hold is refused now
 
     def pieces(self) -> Iterator[Piece]:
         """Yield this rank's shards, and an even share of what every rank holds."""
@@ -247,8 +249,12 @@ def group_numbers(optimizer: Any) -> Iterator[Owned]:
     """Yield the numbers of an optimizer's groups; learning rates are the schedule's."""
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            if isinstance(value, int | float) and key != "lr":
+            if key in ("lr", "params"):
+                continue
+            if isinstance(value, int | float):
                 yield number(f"{GROUPS}.{index}", key, value)
+            elif isinstance(value, Tensor):
+                yield Owned(name=f"{GROUPS}.{index}", slot=key, tensor=value, split=False)
 
 
 @torch.no_grad()
