@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     steps = straight.go_to(args.steps)
     if steps < 2:
         raise ConfigError(f"the run ends at step {steps}: nothing to stop in between")
-    stopped = Attempt(folder / "stopped", command)
+    facts = json.loads((straight.path / "environment.json").read_text(encoding="utf-8"))
+    same = ["--training.precision", facts["precision"]["name"]]  # `auto` might now choose the other
+    stopped = Attempt(folder / "stopped", [*command, *same])
     stopped.go_to(steps // 2)
     stopped.go_to(steps)
     found = difference(straight.path, stopped.path, steps)

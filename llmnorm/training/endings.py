@@ -5,6 +5,7 @@ they leave silently with the same code. `watch.py` ends ranks that cannot speak 
 """
 
 import faulthandler
+import logging
 import multiprocessing
 import os
 import threading
@@ -20,6 +21,9 @@ from llmnorm.config.problems import one_line
 from llmnorm.errors import EnvironmentProblem, LlmNormError
 from llmnorm.training.directory import RunDirectory
 from llmnorm.training.ranks import Ranks
+from llmnorm.training.signals import STOPPED_BY_SIGNAL
+
+logger = logging.getLogger(__name__)
 
 _VERDICT_SECONDS = 1.5
 """How long a failed collective waits to learn of the death that caused it."""
@@ -63,6 +67,8 @@ class Ending:
 
     def record(self, code: int, cause: str) -> bool:
         """Keep code and cause in exit.json; return whether this rank speaks for the run."""
+        if code == STOPPED_BY_SIGNAL and self.step():
+            logger.info("%s: saved after step %d, start again to continue", cause, self.step())
         return self.directory.write_exit(code=code, step=self.step(), cause=cause, rank=self.rank)
 
     def leave(self, code: int, cause: str, after: Callable[[], object] = lambda: None) -> NoReturn:

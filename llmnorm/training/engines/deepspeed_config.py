@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmnorm.errors import ConfigError
-from llmnorm.resources import suggest
+from llmnorm.resources import engine_file, suggest
 from llmnorm.safe_files import read_json
 from llmnorm.training.precision import Precision
 
@@ -111,8 +111,13 @@ def _from_variables(environment: Mapping[str, str]) -> Settings:
 
 
 def _from_file(path: Path) -> Settings:
+    own = engine_file(path.stem)
+    if not path.is_file() and path.parts[-3:] == own.parts[-3:]:
+        path = own  # configs/accelerate/*.yaml name it as seen from a checkout
     try:
         settings = read_json(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is not there, seen from {Path.cwd()}; mend the path") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: expected DeepSpeed's settings as JSON; {error}") from error
     if not isinstance(settings, dict):
