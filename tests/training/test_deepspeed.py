@@ -1,8 +1,6 @@
 """ZeRO with the real engine, two gloo processes each: losses, skips, model of one process."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,7 +148,7 @@ def test_losses_skipped_steps_and_the_model_are_those_of_one_process(
         assert torch.allclose(model[name], values, atol=1e-4), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])  # 1 lays out its shards as 2 does
+@pytest.mark.parametrize("stage", [3])  # the others: bars A3 and C2 of tests/reliability
 def test_a_stopped_run_continues_bit_for_bit_and_anywhere(
     stage: int, data: Prepared, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
@@ -171,7 +169,7 @@ def test_a_stopped_run_continues_bit_for_bit_and_anywhere(
     assert_close(straight, back, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])  # the others: bar N3m
 def test_muon_in_shards_gives_the_losses_of_whole_matrices(
     stage: int, data: Prepared, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
@@ -202,31 +200,3 @@ def test_bfloat16_is_autocast_over_float32_weights_whose_gradients_travel_in_flo
     assert_close(pair, run, tolerance=2e-4)  # later steps round otherwise
     saved = load_file(run / "final" / "model.safetensors")
     assert {values.dtype for values in saved.values()} == {torch.float32}
-
-
-def test_accelerate_launch_runs_the_shipped_file(data: Prepared, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", "configs/accelerate/zero2.yaml", str(PRETRAIN)]
-    changes = {"training__max_steps": 2}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [*launch, *words(data, run, **changes)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout=PATIENCE)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    text = log.read_text()
-    assert process.returncode == 0, text[-3000:]
-    assert "2 processes, DeepSpeedEngine, ZeRO-2" in text
-    assert json.loads((run / "environment.json").read_text())["world"] == 2
-    assert len(metrics(run)) == 2

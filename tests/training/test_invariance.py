@@ -1,11 +1,6 @@
 """The same global batch gives the same losses, however it is split."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,29 +70,6 @@ def test_two_ddp_processes_with_unequal_targets_give_the_losses_of_one(
     manifest = verify(run / "checkpoints" / f"step_{STEPS:08d}")
     assert manifest["world"] == 2
     assert "optimizer-00001-of-00002.safetensors" in manifest["files"]
-
-
-def test_a_run_continues_in_another_world_with_the_same_data_and_loss(
-    data: Prepared, tmp_path: Path, run_ranks: RunRanks
-) -> None:
-    from llmnorm.config import load_run_config
-
-    kept = {"checkpoint__keep": 100, "checkpoint__interval_steps": 9}
-    alone, pair = tmp_path / "alone", tmp_path / "pair"
-    train(load_run_config(None, _words(data, alone, **kept)))
-    middle = alone / "checkpoints" / "step_00000009"
-    run_ranks(PRETRAIN, *_words(data, pair, **kept, checkpoint__resume=str(middle)))
-    again = tmp_path / "again"
-    middle = pair / "checkpoints" / "step_00000018"
-    assert verify(middle)["world"] == 2
-    train(load_run_config(None, _words(data, again, **kept, checkpoint__resume=str(middle))))
-    reference = metrics(alone)
-    for run, first in ((pair, 10), (again, 19)):
-        records = metrics(run)
-        assert [record["step"] for record in records] == list(range(first, STEPS + 1))
-        for record in records:
-            expected = reference[record["step"] - 1]["train/loss"]
-            assert record["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_launcher_may_start_one_process(
@@ -295,40 +267,6 @@ engine.finish(None)
 assert seen == [None], seen
 assert not torch.distributed.is_initialized()
 """
-
-
-def test_the_launcher_starts_two_synchronized_processes(
-    one_process: Path, data: Prepared, tmp_path: Path
-) -> None:
-    """The README's command, once: `accelerate launch` with the DDP file, from elsewhere."""
-    run = tmp_path / "launched"
-    log = tmp_path / "launch.log"
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with log.open("wb") as handle:
-        process = subprocess.Popen(
-            [*launch, str(PRETRAIN), *_words(data, run)],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        end = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.1)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    text = log.read_text()
-    assert process.returncode == 0, text[-3000:]
-    assert json.loads((run / "environment.json").read_text())["world"] == 2
-    assert "DistributedDataParallel" in text
-    _assert_close(one_process, run)
 
 
 @pytest.mark.fast
