@@ -139,7 +139,7 @@ def meet(run: str, seconds: float | None) -> Store | None:
     if not 0 <= rank < world:
         raise EnvironmentProblem(f"the launcher says RANK={rank} of WORLD_SIZE={world}; mend it")
     if seconds is None:
-        several = int(os.environ.get("LOCAL_WORLD_SIZE", str(world))) < world
+        several = launched("LOCAL_WORLD_SIZE", world) < world
         seconds = 300.0 if several else 20.0
     end = time.monotonic() + seconds
     store, place = _store(rank, end)

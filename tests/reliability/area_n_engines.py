@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from exact_muon import zeropower
 from reliability.area_c import same_losses
 from reliability.area_n import far, ragged, weights
 from reliability.engines import ENGINES, Group, finished, import_engines
@@ -143,23 +143,11 @@ def curves(trial: Trial) -> None:
         assert abs(other[key] / last[key] - 1) <= 1e-4, (key, last[key], other[key])
 
 
-def _zeropower(update: torch.Tensor, factors: Any, steps: int, eps: float) -> torch.Tensor:
-    """As torch's Newton-Schulz iteration, in float64: its bfloat16 would hide any difference."""
-    a, b, c = factors
-    x = update.double()
-    x = x.T if x.shape[0] > x.shape[1] else x
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if update.shape[0] > update.shape[1] else x).to(update.dtype)
-
-
 def _train_with_muon(engine: str, world: int, run: Path, logs: Path) -> None:
     flags = _words(run, optimizer__name="muon", training__micro_batch_size=2)
 
     def work() -> int:
-        _muon._zeropower_via_newtonschulz = _zeropower
+        _muon._zeropower_via_newtonschulz = zeropower
         return train(load_run_config(None, flags))
 
     group = Group(engine, world, flags, logs, work)

@@ -14,6 +14,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from exact_muon import zeropower
 from torch.distributed.tensor import DTensor
 from torch.optim import _muon
 
@@ -29,19 +30,7 @@ SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "options": {}}
 
 
-def zeropower_in_float64(update, coefficients, steps, eps):
-    # As torch's, without its bfloat16, whose rounding hides whether two engines agree.
-    a, b, c = coefficients
-    x = update.double()
-    x = x.T if x.shape[0] > x.shape[1] else x
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if update.shape[0] > update.shape[1] else x).to(update.dtype)
-
-
-_muon._zeropower_via_newtonschulz = zeropower_in_float64
+_muon._zeropower_via_newtonschulz = zeropower
 
 
 def train(engine, optimizer, choices):
@@ -97,6 +86,7 @@ print("DONE", flush=True)
 torch.distributed.barrier()
 os._exit(0)
 """
+TESTS = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-10  # relative, losses of 5 steps (muon: 20) and a norm of logits, float64
 
 
@@ -106,7 +96,7 @@ def test_shards_and_whole_copies_give_equal_losses(
 ) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    output = run_ranks(script, timeout=180)[0]
+    output = run_ranks(script, timeout=180, PYTHONPATH=str(TESTS))[0]
     assert "DONE" in output
     cases = [line for line in output.splitlines() if line.startswith("CASE ")]
     assert len(cases) >= 50

@@ -117,17 +117,17 @@ def _choose() -> Engine:
         if (value := os.environ.get(variable, default)).lower() != default:
             logger.warning("%s=%s of the launcher is not used: %s decides", variable, value, key)
     for variable, what in _UNSUPPORTED.items():
-        if _asked(variable):
+        if asked(variable):
             raise EnvironmentProblem(
                 f"the launcher asked for {what}; the engines are one process, DDP, FSDP2 and "
                 "DeepSpeed ZeRO: use a file of configs/accelerate/"
             )
-    deepspeed, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
+    deepspeed, fsdp = asked("ACCELERATE_USE_DEEPSPEED"), asked("ACCELERATE_USE_FSDP")
     if deepspeed and fsdp:
         raise EnvironmentProblem(
             "the launcher asked for DeepSpeed and FSDP at once; use one file of configs/accelerate/"
         )
-    cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    cpu = asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if deepspeed:
         from llmnorm.training.engines.deepspeed import DeepSpeedEngine
 
@@ -141,5 +141,6 @@ def _choose() -> Engine:
     return PlainEngine(cpu=cpu)
 
 
-def _asked(variable: str) -> bool:
+def asked(variable: str) -> bool:
+    """Whether the launcher set a variable of its environment to true."""
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")

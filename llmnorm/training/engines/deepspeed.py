@@ -22,7 +22,7 @@ from torch import Tensor
 from llmnorm.errors import ConfigError, EnvironmentProblem
 from llmnorm.processes import leave_process_group
 from llmnorm.training.constraints import Constraints, Mean
-from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
+from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult, asked
 from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
 from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
 from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
@@ -49,7 +49,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, *, cpu: bool) -> None:
-        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        if asked("ACCELERATE_USE_CPU"):
             raise EnvironmentProblem(
                 "the launcher asked for DeepSpeed and use_cpu at once, with which accelerate runs "
                 "DDP; set use_cpu: false (without a GPU DeepSpeed runs on the CPU by itself)"

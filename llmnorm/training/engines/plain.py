@@ -1,6 +1,5 @@
 """The plain engine: one process, or one model a process with averaged gradients (DDP)."""
 
-import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -19,7 +18,7 @@ from llmnorm.processes import leave_process_group
 from llmnorm.training.engines import MicroBatch
 from llmnorm.training.engines.native import NativeEngine
 from llmnorm.training.objective import Objective
-from llmnorm.training.ranks import Ranks
+from llmnorm.training.ranks import Ranks, launched
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for each other: rank 0 reads all data and checkpoints before it begins."""
@@ -108,9 +107,9 @@ def check_world(world: int) -> None:
     Raises:
         EnvironmentProblem: if they differ.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != launched:
+    started = launched("WORLD_SIZE", 1)
+    if world != started:
         raise EnvironmentProblem(
-            f"the launcher started {launched} processes but {world} found each other; "
+            f"the launcher started {started} processes but {world} found each other; "
             "use a file of configs/accelerate/"
         )
