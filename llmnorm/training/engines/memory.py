@@ -177,13 +177,10 @@ def _zero12(
         earlier = gradients if step.accumulation > 1 else 0
         backward = max(earlier + step.activations, gradients + share)
     training = max(buffers + backward, gradients + share + step.stepping)
-    return Footprint(
-        weights=weights + weights // world,
-        gradients=gradients,
-        moments=moments,
-        buffers=buffers,
-        activations=step.activations,
-        peak=weights + weights // world + moments + max(training, step.scoring),
+    weights += weights // world
+    most = max(training, step.scoring)
+    return _footprint(
+        step, weights=weights, gradients=gradients, moments=moments, buffers=buffers, most=most
     )
 
 
@@ -197,13 +194,9 @@ def _zero3(trace: Callable[[Wrap | None], Step], place: Place) -> Footprint:
     gloo = under_way if place.device_type == "cpu" else 0  # it copies what it gathers
     buffers = _bucket(place) + gathered + gloo
     training = max(step.activations, gradients + step.stepping)
-    return Footprint(
-        weights=weights,
-        gradients=gradients,
-        moments=moments,
-        buffers=buffers,
-        activations=step.activations,
-        peak=weights + moments + gradients + buffers + max(training, step.scoring),
+    most = gradients + buffers + max(training, step.scoring)
+    return _footprint(
+        step, weights=weights, gradients=gradients, moments=moments, buffers=buffers, most=most
     )
 
 
@@ -233,6 +226,15 @@ def _sum_up(
     weights = step.sum("weight")
     moments = step.sum("slots") + step.sum("others")
     most = max(training, gradients + step.stepping, always + step.scoring)
+    return _footprint(
+        step, weights=weights, gradients=gradients, moments=moments, buffers=buffers, most=most
+    )
+
+
+def _footprint(
+    step: Step, *, weights: int, gradients: int, moments: int, buffers: int, most: int
+) -> Footprint:
+    """`most`: the most that is held at once beside weights and moments."""
     return Footprint(
         weights=weights,
         gradients=gradients,
