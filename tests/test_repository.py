@@ -43,6 +43,7 @@ LAYERS = {
     "drawing": 6,
     "recipes": 6,
     "evaluation": 7,
+    "export": 8,
     "training": 8,
     "listing": 9,
     "planning": 9,
