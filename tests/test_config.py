@@ -402,6 +402,7 @@ def test_the_resolved_run_reads_back_equal(write):
 
 CHANGED = {
     "model.imports": "[colorsys]",
+    "model.start": "FOLDER",
     "model.preset": "9m",
     "model.norm.op": "layernorm",
     "model.placement.name": "lns",
@@ -479,12 +480,12 @@ def test_a_module_that_cannot_be_imported_is_named_in_one_line(code, reason, tmp
 
 @pytest.mark.parametrize("path", leaves(RunConfig), ids=".".join)
 def test_the_fingerprint_covers_exactly_what_changes_numbers(path, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    build_config("debug").save_pretrained(tmp_path)
     key = ".".join(path)
     wsd = ["--schedule.name=wsd"] if key == "schedule.decay_steps" else []
     base = load_run_config(None, [*flags(COMPLETE), *wsd])
     value = CHANGED[key].replace("FOLDER", str(tmp_path))
-    drop = ["--data.path=null"] if key == "data.mix" else []
+    drop = {"data.mix": ["--data.path=null"], "model.start": ["--model.preset=null"]}.get(key, [])
     changed = load_run_config(None, [*flags(COMPLETE), *wsd, *drop, f"--{key}={value}"])
     assert changed != base
     free = ("eval", "checkpoint", "faults", "log", "output")

@@ -13,7 +13,7 @@ from llmnorm.placements import list_placements
 from llmnorm.resources import shape_folder, suggest
 
 if TYPE_CHECKING:
-    from llmnorm.config.models import NormChoice, PlacementChoice
+    from llmnorm.config.model_section import NormChoice, PlacementChoice
 
 
 def import_module(name: str) -> None:
@@ -55,12 +55,13 @@ def check_build(key: str, value: Any, earlier: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the message of the build.
     """
-    if "preset" not in earlier:
+    if earlier.get("preset") is None:
         return
     if key == "overrides":
         _check_overrides(value)
     parts = {"norm": None, "placement": None, "overrides": {}} | dict(earlier) | {key: value}
-    parts.pop("imports", None)
+    for other in ("imports", "start"):
+        parts.pop(other, None)
     problem = _problem(parts)
     if problem is not None and key == "overrides":
         without = ((name, {k: v for k, v in value.items() if k != name}) for name in value)

@@ -13,115 +13,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
-from llmnorm.config import choices
-from llmnorm.config.document import MAX_INTEGER
 from llmnorm.config.dump import dump_document
+from llmnorm.config.fields import Count, CountOrFraction, LocalPath, Positive, Section, Size
+from llmnorm.config.model_section import ModelSection
 from llmnorm.resources import shape_folder, suggest
 from llmnorm.safe_files import read_json
-
-
-def _path(value: object) -> Path:
-    """A path as text (`~` is the home folder); relative ones mean the current directory."""
-    if isinstance(value, Path):
-        return value
-    if not isinstance(value, str) or not value:
-        raise ValueError("expected a path")
-    if len(os.fsencode(value)) > 4096 or any(len(os.fsencode(p)) > 255 for p in value.split("/")):
-        raise ValueError("longer than any path can be")
-    if "\n" in value:
-        raise ValueError("expected a path in one line")
-    return Path(os.path.expanduser(value))
-
-
-def _count_or_fraction(value: object) -> int | float:
-    """A count of steps (a whole number from 0) or a fraction of the run (below 1)."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER:
-        return value
-    if isinstance(value, float) and 0 <= value < 1:
-        return value
-    raise ValueError("expected a count of steps (a whole number) or a fraction of the run below 1")
-
-
-LocalPath = Annotated[Path, BeforeValidator(_path)]
-Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-Positive = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
-Size = Annotated[int, Field(ge=1, le=2**24)]  # of batches and sequences; beyond is a slip
-CountOrFraction = Annotated[int | float, BeforeValidator(_count_or_fraction)]
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, no NaN or infinity, immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class NormChoice(Section):
-    """A norm by name, with the options its class takes (`llmnorm list norms` shows them)."""
-
-    model_config = ConfigDict(extra="allow")
-
-    op: str = Field("rmsnorm", description="norm (see `llmnorm list norms`); options beside it")
-
-    @field_validator("op")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return choices.check_norm(value)
-
-
-class PlacementChoice(Section):
-    """A placement by name, with the options its class takes (`llmnorm list placements`)."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field("pre_ln", description="placement (see `llmnorm list placements`)")
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return choices.check_placement(value)
-
-
-class ModelSection(Section):
-    """What is built: a shape, a norm, a placement."""
-
-    imports: list[str] = Field(
-        [], description="Python modules that register norms or placements of your own"
-    )
-    preset: str = Field(description="shape: a preset's name or a folder with config.json")
-    norm: NormChoice = Field(NormChoice.model_construct(), description="norm and its options")
-    placement: PlacementChoice = Field(
-        PlacementChoice.model_construct(), description="placement and its options"
-    )
-    overrides: dict[str, Any] = Field(
-        {}, description="model config fields that replace the preset's, e.g. embedding: scale"
-    )
-
-    @field_validator("imports")
-    @classmethod
-    def _registers(cls, value: list[str]) -> list[str]:
-        for module in value:
-            choices.import_module(module)
-        return value
-
-    @field_validator("preset")
-    @classmethod
-    def _preset_exists(cls, value: str) -> str:
-        return choices.check_preset(value)
-
-    @field_validator("norm", "placement", "overrides")
-    @classmethod
-    def _builds(cls, value: Any, info: ValidationInfo) -> Any:
-        choices.check_build(info.field_name or "", value, info.data)
-        return value
-
-    def build_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `llmnorm.build_config` that this section stands for."""
-        return choices.build_arguments(self.preset, self.norm, self.placement, self.overrides)
 
 
 class MixedFolder(Section):
@@ -347,6 +246,28 @@ class RunConfig(Section):
     log: LogSection
     output: OutputSection
 
+    @field_validator("training")
+    @classmethod
+    def _one_start(cls, value: TrainingSection, info: ValidationInfo) -> TrainingSection:
+        model = info.data.get("model")
+        if value.init_from is not None and model is not None and model.start is not None:
+            raise ValueError("init_from and model.start both name weights; give one of the two")
+        return value
+
+    @property
+    def start_folder(self) -> Path | None:
+        """The Hugging Face folder whose weights the run begins with; None for fresh ones."""
+        return self.model.start_folder or self.training.init_from
+
+    @property
+    def start_key(self) -> str:
+        """The key that names `start_folder`."""
+        return "training.init_from" if self.model.start is None else "model.start"
+
+    def weights_read(self) -> dict[str, Path]:
+        """Return the folders, by key, whose weights a run that continues must find unchanged."""
+        return {} if self.model.start_folder is None else {"model.start": self.model.start_folder}
+
     def to_yaml(self) -> str:
         """Return the resolved run file: every key, with the value that the run uses."""
         return dump_document(self.model_dump(mode="json"))
@@ -357,15 +278,22 @@ class RunConfig(Section):
         Not output, log, checkpoint, eval, faults; not how a step is computed (micro-batches,
         compilation, recomputation, workers), which may differ when a run continues elsewhere.
         """
-        return self.model_dump(mode="json", exclude=_FREE)
+        values = self.model_dump(mode="json", exclude=_FREE)
+        if self.model.start is None:  # runs that are older than the key keep their fingerprint
+            del values["model"]["start"]
+        return values
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of `numbers`, with the preset's shape for its name.
 
-        The data's own fingerprint is recorded apart, so no path of data is in it.
+        The fingerprints of the data, and of the weights that `model.start` names, are recorded
+        apart, so no path of theirs is in it.
         """
         values = self.numbers()
+        assert self.model.preset is not None
         shape = shape_folder(self.model.preset) / "config.json"
+        if self.model.start is not None:
+            values["model"]["start"] = True
         values["model"]["preset"] = read_json(shape)
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -18,6 +18,7 @@ from llmnorm.training.assembly import model_config
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.directory import RunDirectory
 from llmnorm.training.ranks import Ranks
+from llmnorm.training.start import check_tokenizer, started_config
 from llmnorm.training.weights import check_weights
 
 
@@ -52,8 +53,11 @@ class Checks:
 
     def _find_shape(self) -> LlmNormConfig:
         """Without data the preset's vocabulary stands for it."""
+        folder, seq_len = self.config.model.start_folder, self.config.data.seq_len
         if self.data is not None:
             vocab_size, eos = self.data.vocab_size, self.data.eos_token_id
+        elif folder is not None:
+            return started_config(folder, vocab_size=1, eos_token_id=None, seq_len=seq_len)
         else:
             vocab_size, eos = build_config(**self.config.model.build_arguments()).vocab_size, 0
         return model_config(self.config, vocab_size=vocab_size, eos_token_id=eos)
@@ -68,13 +72,15 @@ class Checks:
         found = self._find_checkpoint(directory)
         if found is not None:
             return f"continues from {found}"
-        weights = config.training.init_from
+        weights = config.start_folder
         if weights is None:
             return "a new run"
+        if config.model.start_folder is not None and self.data is not None:
+            check_tokenizer(config.model.start_folder, self.data)
         if self.model_config is not None:
             with torch.device("meta"):
                 model = LlmNormForCausalLM(assumed(self.model_config))
-            check_weights(model, weights)
+            check_weights(model, weights, key=config.start_key)
         return f"a new run with the weights of {weights}"
 
     def _find_checkpoint(self, directory: RunDirectory) -> Path | None:

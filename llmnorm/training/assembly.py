@@ -4,7 +4,6 @@ Read `loop.py` first; this is what its opening lines call.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,12 @@ from llmnorm.training.optimizer import describe_groups
 from llmnorm.training.precision import Precision, decide_precision
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.schedule import Schedule, horizon_steps, make_schedule
+from llmnorm.training.start import (
+    check_same_weights,
+    check_tokenizer,
+    describe_weights,
+    started_config,
+)
 from llmnorm.training.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -101,6 +106,7 @@ def describe_run(
     _warn_if_short(plan, model)
     return {
         "config_fingerprint": config.fingerprint(),
+        **{key: describe_weights(folder) for key, folder in config.weights_read().items()},
         "data": {
             "fingerprint": data.fingerprint,
             "vocab_size": data.vocab_size,
@@ -164,18 +170,21 @@ def _warn_if_short(plan: Plan, model: PreTrainedModel) -> None:
         )
 
 
-def check_same_data(facts: Mapping[str, Any], data: Mixture, run: Path) -> None:
-    """Refuse to continue a run on other data than it began with.
+def check_same_inputs(facts: dict[str, Any], config: RunConfig, data: Mixture) -> dict[str, Any]:
+    """Return environment.json; refuse to continue on other data or weights than it names.
 
     Raises:
         CheckpointError: naming both.
     """
-    before = facts["data"]["fingerprint"]
+    run, before = config.output.dir, facts["data"]["fingerprint"]
     if before != data.fingerprint:
         raise CheckpointError(
             f"{run} was trained on data of fingerprint {before[:12]}, {data.place} has "
             f"{data.fingerprint[:12]}; restore that data, or choose another output.dir"
         )
+    for key, folder in config.weights_read().items() if facts["restarts"] else ():
+        check_same_weights(facts[key], folder, key=key, run=run)
+    return facts
 
 
 def make_batches(config: RunConfig, data: Mixture, plan: Plan, ranks: Ranks) -> GlobalBatches:
@@ -202,6 +211,8 @@ def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmN
         ConfigError: as `model_config`, or if the code of a norm or joint from outside cannot be
             saved with the model.
     """
+    if config.model.start_folder is not None:
+        check_tokenizer(config.model.start_folder, data)
     shape = model_config(config, vocab_size=data.vocab_size, eos_token_id=data.eos_token_id)
     model = build_model(shape, seed=config.training.seed)
     try:
@@ -209,7 +220,7 @@ def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmN
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if init_from is not None:
-        load_weights(model, init_from)
+        load_weights(model, init_from, key=config.start_key)
     return model
 
 
@@ -217,8 +228,16 @@ def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> Ll
     """Return the model's config for data of this vocabulary and end-of-text.
 
     Raises:
-        ConfigError: if `model.overrides` gives a smaller vocabulary or fewer positions than needed.
+        ConfigError: if `model.overrides` gives a smaller vocabulary or fewer positions than needed,
+            or the model of `model.start` does not fit.
     """
+    if config.model.start_folder is not None:
+        return started_config(
+            config.model.start_folder,
+            vocab_size=vocab_size,
+            eos_token_id=eos_token_id,
+            seq_len=config.data.seq_len,
+        )
     arguments = config.model.build_arguments()
     wanted = config.model.overrides.get("vocab_size", vocab_size)
     if wanted < vocab_size:

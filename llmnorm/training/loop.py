@@ -153,15 +153,15 @@ class Trainer:
         self.data = assembly.open_data(config, self.ranks)
         self.plan = assembly.make_plan(config, self.ranks.world)
         self.found = self.find_checkpoint()
-        init_from = training.init_from if self.found is None else None
+        init_from = config.start_folder if self.found is None else None
         self.model = assembly.make_model(config, self.data, init_from)
         start = environment.start_record(self.ranks)
         parts = config, self.data, self.plan, self.model
         describe = partial(assembly.describe_run, *parts, self.device, self.found)
+        remember = partial(remember_start, self.directory.environment_file, describe, start)
         self.facts = self.ranks.on_main(
-            lambda: remember_start(self.directory.environment_file, describe, start)
+            lambda: assembly.check_same_inputs(remember(), config, self.data)
         )
-        assembly.check_same_data(self.facts, self.data, self.directory.path)
         self.precision = Precision(**{**self.facts["precision"], "device_type": self.device.type})
         objective = Objective(self.model)
         objective.register_forward_pre_hook(lambda *_: self.watch.tick())

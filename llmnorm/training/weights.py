@@ -1,4 +1,4 @@
-"""`training.init_from`: the weights of a finished model as the start of a new run.
+"""`model.start` and `training.init_from`: the weights of a finished model as the start of a run.
 
 Names and shapes must fit, and so must what they do not tell: how the norms are wired, how matrices
 are held, and whether the head is the embedding. Starts that a scheme measures are not compared: the
@@ -26,16 +26,23 @@ from llmnorm.training.directory import flatten
 logger = logging.getLogger(__name__)
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path, *, key: str = "training.init_from") -> None:
     """Copy the weights of a Hugging Face folder (safetensors) into a model of the same shape.
+
+    Args:
+        model: to fill.
+        folder: with config.json and weights.
+        key: of the run file that named it, for messages.
 
     Raises:
         CheckpointError: if there are none, they are not finite, or names, shapes, ties or wiring
             differ (the first are named).
     """
-    _check_wiring(model, folder)
+    _check_wiring(model, folder, key)
     wanted = dict(model.named_parameters())
-    stored = _read(folder, 1000 + 4 * len(wanted), lambda handle, key: handle.get_tensor(key))
+    stored = _read(
+        folder, key, 1000 + 4 * len(wanted), lambda handle, name: handle.get_tensor(name)
+    )
     ties = _ties(model)
     problems = _differences(wanted, stored, ties)
     problems += [
@@ -44,27 +51,27 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         if name in stored and owner in stored and not torch.equal(stored[name], stored[owner])
     ]
     problems += [f"{name} is not finite" for name, t in stored.items() if not _is_finite(t)]
-    _refuse(folder, problems)
+    _refuse(folder, problems, key)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(stored[name])
     logger.info("weights taken from %s", folder)
 
 
-def check_weights(model: PreTrainedModel, folder: Path) -> None:
+def check_weights(model: PreTrainedModel, folder: Path, *, key: str = "training.init_from") -> None:
     """Check without reading values whether `load_weights` would take a folder.
 
     Raises:
         CheckpointError: if there are no weights, or names, shapes or wiring differ.
     """
-    _check_wiring(model, folder)
+    _check_wiring(model, folder, key)
     wanted = dict(model.named_parameters())
 
-    def shape(handle: Any, key: str) -> Tensor:
-        return torch.empty(handle.get_slice(key).get_shape(), device="meta")
+    def shape(handle: Any, name: str) -> Tensor:
+        return torch.empty(handle.get_slice(name).get_shape(), device="meta")
 
-    stored = _read(folder, 1000 + 4 * len(wanted), shape)
-    _refuse(folder, _differences(wanted, stored, _ties(model)))
+    stored = _read(folder, key, 1000 + 4 * len(wanted), shape)
+    _refuse(folder, _differences(wanted, stored, _ties(model)), key)
 
 
 def _differences(
@@ -77,26 +84,28 @@ def _differences(
     return problems + _shape_problems(wanted, stored)
 
 
-def _refuse(folder: Path, problems: list[str]) -> None:
+def _refuse(folder: Path, problems: list[str], key: str) -> None:
     if problems:
         raise CheckpointError(
-            f"training.init_from={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
+            f"{key}={folder} holds another model ({'; '.join(sorted(problems)[:3])}); "
             "expected the weights of this preset, norm and placement"
         )
 
 
-def _read(folder: Path, most_tensors: int, get: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
+def _read(
+    folder: Path, key: str, most_tensors: int, get: Callable[[Any, str], Tensor]
+) -> dict[str, Tensor]:
     """Return all tensors of a folder's safetensors files, each got from its open file."""
     stored: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
             check_inside(path, folder)
             with open_safetensors(path, most_tensors=most_tensors) as handle:
-                stored.update({key: get(handle, key) for key in list(handle.keys())})
+                stored.update({name: get(handle, name) for name in list(handle.keys())})
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"training.init_from: weights cannot be read: {error}") from error
+        raise CheckpointError(f"{key}: weights cannot be read: {error}") from error
     if not stored:
-        raise CheckpointError(f"training.init_from={folder}: there are no *.safetensors weights")
+        raise CheckpointError(f"{key}={folder}: there are no *.safetensors weights")
     return stored
 
 
@@ -105,7 +114,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.itemsize == 1 or bool(tensor.isfinite().all())
 
 
-def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
+def _check_wiring(model: PreTrainedModel, folder: Path, key: str) -> None:
     """Refuse weights of the same shapes but another meaning, as far as their config tells it."""
     assert isinstance(model.config, LlmNormConfig)
     path = folder / "config.json"
@@ -118,12 +127,12 @@ def _check_wiring(model: PreTrainedModel, folder: Path) -> None:
         else:
             stored = {**wanted, "weights": "plain"}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"training.init_from: {path} cannot be read: {error}") from error
-    for key in [*wanted, *stored]:
-        if stored.get(key) != wanted.get(key):
+        raise CheckpointError(f"{key}: {path} cannot be read: {error}") from error
+    for what in [*wanted, *stored]:
+        if stored.get(what) != wanted.get(what):
             raise CheckpointError(
-                f"training.init_from={folder} holds another model: its {key} is {stored.get(key)}, "
-                f"this run's {wanted.get(key)}; expected the same norm, placement and overrides"
+                f"{key}={folder} holds another model: its {what} is {stored.get(what)}, "
+                f"this run's {wanted.get(what)}; expected the same norm, placement and overrides"
             )
 
 
