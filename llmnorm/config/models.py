@@ -19,6 +19,7 @@ from pydantic_core import PydanticKnownError
 from llmnorm.config.dump import dump_document
 from llmnorm.config.fields import Count, CountOrFraction, LocalPath, Positive, Section, Size
 from llmnorm.config.model_section import ModelSection
+from llmnorm.config.start import model_folder, read_config
 from llmnorm.resources import shape_folder, suggest
 from llmnorm.safe_files import read_json
 
@@ -161,6 +162,34 @@ class TrainingSection(Section):
         return value
 
 
+class DistillSection(Section):
+    """What a run learns from beside the text: the predictions of a finished model."""
+
+    teacher: LocalPath | None = Field(
+        None,
+        description="learn from this finished model too, a run or a Hugging Face folder of ours; "
+        "every rank holds it whole",
+    )
+    weight: float = Field(
+        1.0, gt=0, le=1, description="share of the teacher in the loss; 1 is the teacher alone"
+    )
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="divides both models' logits before they are compared"
+    )
+
+    @field_validator("teacher")
+    @classmethod
+    def _there(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_config(model_folder(value))
+        return value
+
+    @property
+    def teacher_folder(self) -> Path | None:
+        """The Hugging Face folder that `teacher` means."""
+        return None if self.teacher is None else model_folder(self.teacher)
+
+
 class EvalSection(Section):
     """Validation while training; it changes no weight."""
 
@@ -240,6 +269,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection
     training: TrainingSection
+    distill: DistillSection
     eval: EvalSection
     checkpoint: CheckpointSection
     faults: FaultsSection
@@ -266,7 +296,11 @@ class RunConfig(Section):
 
     def weights_read(self) -> dict[str, Path]:
         """Return the folders, by key, whose weights a run that continues must find unchanged."""
-        return {} if self.model.start_folder is None else {"model.start": self.model.start_folder}
+        folders = {
+            "model.start": self.model.start_folder,
+            "distill.teacher": self.distill.teacher_folder,
+        }
+        return {key: folder for key, folder in folders.items() if folder is not None}
 
     def to_yaml(self) -> str:
         """Return the resolved run file: every key, with the value that the run uses."""
@@ -279,21 +313,25 @@ class RunConfig(Section):
         compilation, recomputation, workers), which may differ when a run continues elsewhere.
         """
         values = self.model_dump(mode="json", exclude=_FREE)
-        if self.model.start is None:  # runs that are older than the key keep their fingerprint
+        if self.model.start is None:  # runs older than a key keep their fingerprint
             del values["model"]["start"]
+        if self.distill == DistillSection.model_construct():
+            del values["distill"]
         return values
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of `numbers`, with the preset's shape for its name.
 
-        The fingerprints of the data, and of the weights that `model.start` names, are recorded
-        apart, so no path of theirs is in it.
+        The fingerprints of the data, and of the weights that `model.start` and `distill.teacher`
+        name, are recorded apart, so no path of theirs is in it.
         """
         values = self.numbers()
         assert self.model.preset is not None
         shape = shape_folder(self.model.preset) / "config.json"
         if self.model.start is not None:
             values["model"]["start"] = True
+        if self.distill.teacher is not None:
+            values["distill"]["teacher"] = True
         values["model"]["preset"] = read_json(shape)
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()

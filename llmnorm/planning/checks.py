@@ -9,6 +9,7 @@ import torch
 from llmnorm.build import build_config
 from llmnorm.calibration import assumed
 from llmnorm.config import RunConfig
+from llmnorm.config.start import read_config
 from llmnorm.data import Mixture, open_mixture
 from llmnorm.data.batches import samples_in
 from llmnorm.errors import LlmNormError
@@ -17,6 +18,7 @@ from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.training.assembly import model_config
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.directory import RunDirectory
+from llmnorm.training.distillation import TEACHER, check_vocabularies
 from llmnorm.training.ranks import Ranks
 from llmnorm.training.start import check_tokenizer, started_config
 from llmnorm.training.weights import check_weights
@@ -35,6 +37,7 @@ class Checks:
         self.data: Mixture | None = self._try(self._open_data)
         self.model_config: LlmNormConfig | None = self._try(self._find_shape)
         self.start: str = self._try(self._find_start) or "unknown"
+        self._try(self._check_teacher)
 
     def _try(self, look: Callable[[], Any]) -> Any:
         try:
@@ -82,6 +85,19 @@ class Checks:
                 model = LlmNormForCausalLM(assumed(self.model_config))
             check_weights(model, weights, key=config.start_key)
         return f"a new run with the weights of {weights}"
+
+    def _check_teacher(self) -> None:
+        """Look at the teacher's weights, vocabulary and tokenizer."""
+        folder = self.config.distill.teacher_folder
+        if folder is None:
+            return
+        with torch.device("meta"):
+            teacher = LlmNormForCausalLM(read_config(folder))
+        check_weights(teacher, folder, key=TEACHER)
+        if self.model_config is not None:
+            check_vocabularies(teacher.config, self.model_config)
+        if self.data is not None:
+            check_tokenizer(folder, self.data, key=TEACHER)
 
     def _find_checkpoint(self, directory: RunDirectory) -> Path | None:
         if self.data is None:

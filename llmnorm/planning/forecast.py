@@ -8,6 +8,7 @@ import torch
 
 from llmnorm.calibration import assumed
 from llmnorm.config import RunConfig
+from llmnorm.config.start import read_config
 from llmnorm.environment import parameter_counts
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
@@ -83,6 +84,7 @@ def forecast(subject: Subject) -> dict[str, Any]:
             },
             "logits_chunk": 4 * min(LOGITS_PER_CHUNK, logits),
             "validation": step.scoring,
+            "teacher": _teacher(config),
         },
         "ram": _ram(subject, step),
         "disk": _disk(config, step),
@@ -132,7 +134,7 @@ def _footprint(subject: Subject, work: Work, step: Step, engine: str) -> dict[st
     found = footprint(
         engine, lambda wrap: step if wrap is None else _trace(subject, work, wrap), place
     )
-    room = subject.machine.room(launch.world)
+    room = subject.machine.room(launch.world) - _teacher(subject.config)
     if precision.device_type == "cpu":
         room -= _copied(subject, step)
     return {**asdict(found), "fits": found.peak <= room}
@@ -144,7 +146,7 @@ def _ram(subject: Subject, step: Step) -> dict[str, Any]:
     if subject.machine.device.type == "cpu":
         here = subject.launch.world
     copied = _copied(subject, step)
-    needed = here * max(step.sum("weight"), copied)
+    needed = here * (max(step.sum("weight"), copied) + _teacher(subject.config))
     return {
         "building": step.sum("weight"),
         "copy_for_saving": copied,
@@ -152,6 +154,18 @@ def _ram(subject: Subject, step: Step) -> dict[str, Any]:
         "total": subject.machine.ram,
         "fits": needed <= subject.machine.ram,
     }
+
+
+def _teacher(config: RunConfig) -> int:
+    """Every rank holds the weights of `distill.teacher` whole in float32; 0 without one.
+
+    What its forward holds for a moment is not counted: less than the model's own activations.
+    """
+    folder = config.distill.teacher_folder
+    if folder is None:
+        return 0
+    with torch.device("meta"):
+        return 4 * parameter_counts(LlmNormForCausalLM(read_config(folder)))["total"]
 
 
 def _copied(subject: Subject, step: Step) -> int:

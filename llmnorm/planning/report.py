@@ -59,7 +59,8 @@ def _needs(record: dict[str, Any]) -> list[str]:
     low, high = (duration(seconds) for seconds in time["seconds"])
     efficiency = "-".join(f"{share:.0%}" for share in time["efficiency"])
     return [
-        f"room        {size(memory['room'])} a rank on {memory['device']}",
+        f"room        {size(memory['room'])} a rank on {memory['device']}"
+        + (f", of it {size(memory['teacher'])} for the teacher" if memory["teacher"] else ""),
         f"activations {size(activations['as_is'])} {now} activation_checkpointing, "
         f"{size(activations['otherwise'])} {then}; of it a chunk of logits "
         f"{size(memory['logits_chunk'])}; validation holds {size(memory['validation'])}",

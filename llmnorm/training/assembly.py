@@ -21,7 +21,9 @@ from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.norms import TaperNorm
 from llmnorm.modeling.travel import foreign_sources
+from llmnorm.training.distillation import Distillation, load_teacher
 from llmnorm.training.manifest import read_state
+from llmnorm.training.objective import Objective
 from llmnorm.training.optimizer import describe_groups
 from llmnorm.training.precision import Precision, decide_precision
 from llmnorm.training.ranks import Ranks
@@ -222,6 +224,29 @@ def make_model(config: RunConfig, data: Mixture, init_from: Path | None) -> LlmN
     if init_from is not None:
         load_weights(model, init_from, key=config.start_key)
     return model
+
+
+def make_objective(
+    config: RunConfig, model: LlmNormForCausalLM, data: Mixture, device: torch.device
+) -> Objective:
+    """Return what is minimized, with or without a teacher; recompute activations if asked for.
+
+    Raises:
+        ConfigError: if the teacher has another vocabulary or tokenizer.
+        CheckpointError: if its weights cannot be read.
+    """
+    if config.training.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    distill, folder = config.distill, config.distill.teacher_folder
+    if folder is None:
+        return Objective(model)
+    check_tokenizer(folder, data, key="distill.teacher")
+    return Distillation(
+        model,
+        load_teacher(folder, device),
+        weight=distill.weight,
+        temperature=distill.temperature,
+    )
 
 
 def model_config(config: RunConfig, *, vocab_size: int, eos_token_id: int) -> LlmNormConfig:

@@ -49,8 +49,9 @@ def decide_compile(requested: str | bool, device: torch.device) -> bool:
 
 
 def compile_blocks(objective: Objective) -> None:
-    """Compile each layer of the trunk in place, and the head with the loss."""
-    trunk: Any = objective.model.base_model
-    for layer in trunk.layers:
-        layer.compile()
+    """Compile each layer of the trunk (and a teacher's) in place, and the head with the loss."""
+    trunks: list[Any] = objective.trunks()
+    for trunk in trunks:
+        for layer in trunk.layers:
+            layer.compile()
     objective.chunk_loss = torch.compile(objective.chunk_loss)  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from llmnorm.training.endings import Ending
 from llmnorm.training.engines import Engine, MicroBatch, StepResult, choose_engine
 from llmnorm.training.manifest import read_state, reading
 from llmnorm.training.metrics import Display, MetricsFile, Pace, Record, Reporter, open_trackers
-from llmnorm.training.objective import IGNORED, Objective
+from llmnorm.training.objective import IGNORED
 from llmnorm.training.optimizer import make_optimizer
 from llmnorm.training.precision import Precision, peak_flops
 from llmnorm.training.ranks import meet
@@ -163,14 +163,12 @@ class Trainer:
             lambda: assembly.check_same_inputs(remember(), config, self.data)
         )
         self.precision = Precision(**{**self.facts["precision"], "device_type": self.device.type})
-        objective = Objective(self.model)
-        objective.register_forward_pre_hook(lambda *_: self.watch.tick())
-        if training.activation_checkpointing:
-            self.model.activation_checkpointing_enable()
+        self.objective = assembly.make_objective(config, self.model, self.data, self.device)
+        self.objective.register_forward_pre_hook(lambda *_: self.watch.tick())
         if self.ranks.on_main(lambda: decide_compile(training.compile, self.device)):
-            compile_blocks(objective)
+            compile_blocks(self.objective)
         self.engine.prepare(
-            objective, lambda model: make_optimizer(model, config.optimizer), self.precision
+            self.objective, lambda model: make_optimizer(model, config.optimizer), self.precision
         )
         self_test(self.model, fresh=init_from is None)
         self.model.train()
@@ -223,6 +221,7 @@ class Trainer:
         if not saving:
             self.saver.advance()
         loss_sum = self.engine.backward(micro_batches, count)
+        self.parts = self.objective.means(len(micro_batches), count, self.ranks)
         factor, max_norm = self.plan.schedule(self.step), self.config.training.clip_norm
         applied = self.step - self.soundness.skipped
         result = self.engine.clip_and_step(
@@ -237,6 +236,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * self.plan.tokens_per_step,
             "train/loss": result.loss,
+            **self.parts,
             "lr": self.config.optimizer.lr * self.plan.schedule(self.step - 1),
             "grad_norm": result.grad_norm,
             **self.soundness.judge(self.step, result),

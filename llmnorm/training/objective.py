@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
+from llmnorm.training.ranks import Ranks
 
 IGNORED = -100
 """A target with this value does not count (padding rows of the last micro-batch)."""
@@ -45,21 +46,61 @@ class Objective(nn.Module):
         self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (loss_sum, count): float64 and int64 scalars."""
-        trunk = self.model.base_model
-        hidden = trunk(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        hidden = hidden.last_hidden_state.flatten(0, 1)  # (tokens, hidden)
+        hidden = hidden_states(self.model, input_ids, position_ids)
         flat = targets.flatten()  # (tokens,)
-        count = (flat != IGNORED).sum()
-        if flat.numel() <= self.chunk:
-            return self.chunk_loss(hidden, flat), count
-        loss_sum = hidden.new_zeros((), dtype=torch.float64)
-        for part, wanted in zip(hidden.split(self.chunk), flat.split(self.chunk), strict=True):
-            loss_sum = loss_sum + checkpoint(self.chunk_loss, part, wanted, use_reentrant=False)
-        return loss_sum, count
+        return self.over_chunks(flat, hidden), (flat != IGNORED).sum()
 
-    def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def over_chunks(self, targets: Tensor, *hidden: Tensor) -> Tensor:
+        """Return the sum of `chunk_loss` over chunks of (tokens,) and of each (tokens, hidden)."""
+        if targets.numel() <= self.chunk:
+            return self.chunk_loss(*hidden, targets)
+        total = hidden[0].new_zeros((), dtype=torch.float64)
+        parts = zip(*(tokens.split(self.chunk) for tokens in (*hidden, targets)), strict=True)
+        for part in parts:
+            total = total + checkpoint(self.chunk_loss, *part, use_reentrant=False)
+        return total
+
+    def chunk_loss(self, *tokens: Tensor) -> Tensor:
         """Return the summed loss of (tokens, hidden) against (tokens,), a float64 scalar."""
-        logits = self.model.compute_logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        return losses.sum(dtype=torch.float64)
+        hidden, targets = tokens
+        return cross_entropy_sum(precise_logits(self.model, hidden), targets)
+
+    def trunks(self) -> list[nn.Module]:
+        """The models without head that a forward runs."""
+        return [self.model.base_model]
+
+    def take_parts(self, forwards: int) -> dict[str, float]:
+        """Return what the loss of this rank's last so many forwards is made of, as sums by name."""
+        return {}
+
+    def means(self, forwards: int, count: float, ranks: Ranks) -> dict[str, float]:
+        """Return what a step's loss is made of, as means over the global batch (a collective).
+
+        Args:
+            forwards: micro-batches of the step on this rank.
+            count: target tokens of the global batch.
+            ranks: the processes of the run.
+        """
+        parts = self.take_parts(forwards)
+        sums = ranks.sums(*parts.values()) if parts else []
+        return {name: total / max(count, 1.0) for name, total in zip(parts, sums, strict=True)}
+
+
+def hidden_states(
+    model: LlmNormForCausalLM, input_ids: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """Return what the head reads, (tokens, hidden)."""
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def precise_logits(model: LlmNormForCausalLM, hidden: Tensor) -> Tensor:
+    """Return the logits of (tokens, hidden) in float32 or higher."""
+    logits = model.compute_logits(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy summed over (tokens,) targets, a float64 scalar."""
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dtype=torch.float64)

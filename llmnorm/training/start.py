@@ -69,7 +69,7 @@ def started_config(
     return config
 
 
-def check_tokenizer(folder: Path, data: Mixture) -> None:
+def check_tokenizer(folder: Path, data: Mixture, *, key: str = "model.start") -> None:
     """Compare the vocabulary of a model's tokenizer, where it has one, with the data's.
 
     Raises:
@@ -77,19 +77,17 @@ def check_tokenizer(folder: Path, data: Mixture) -> None:
         CheckpointError: if the model's tokenizer cannot be loaded.
     """
     if not (folder / "tokenizer.json").is_file():
-        logger.warning("model.start=%s has no tokenizer.json to compare with the data's", folder)
+        logger.warning("%s=%s has no tokenizer.json to compare with the data's", key, folder)
         return
     try:
         model = saved_tokenizer(folder).get_vocab()
     except Exception as error:  # of many kinds, from transformers, the parser, the file system
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise CheckpointError(
-            f"model.start={folder}: its tokenizer cannot be loaded: {reason}"
-        ) from None
+        raise CheckpointError(f"{key}={folder}: its tokenizer cannot be loaded: {reason}") from None
     for token, index in data.tokenizer().get_vocab().items():
         if model.get(token) != index:
             raise ConfigError(
-                f"model.start={folder} has another tokenizer than the data ({token!r:.40} is "
+                f"{key}={folder} has another tokenizer than the data ({token!r:.40} is "
                 f"{model.get(token, 'unknown')} and {index}); prepare the data with it: "
                 f"llmnorm data prepare --tokenizer {folder}"
             )
