@@ -60,10 +60,13 @@ def run(args: argparse.Namespace) -> int:
             precision=_precision(config, plan, checks.model_config.hidden_size, machine),
             machine=machine,
         )
-        record = {"start": checks.start, **forecast(subject)}
-        record["memory"]["reserve"] = RESERVE[machine.device.type]
-        problems = [*problems, *_misfits(record, config)]
-        _print(record, problems, as_json=args.json)
+        try:
+            record = {"start": checks.start, **forecast(subject)}
+            record["memory"]["reserve"] = RESERVE[machine.device.type]
+            problems = [*problems, *_misfits(record, config)]
+            _print(record, problems, as_json=args.json)
+        except LlmNormError as refusal:  # of the engine, in its own words
+            problems = [*problems, refusal]
     for problem in problems[1:]:
         sys.stderr.write(one_line(str(problem)) + "\n")
     if problems:

@@ -1,7 +1,6 @@
 """What a run will need, as numbers: batch, memory by engine, disk, time."""
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +9,21 @@ from llmnorm.calibration import assumed
 from llmnorm.config import RunConfig
 from llmnorm.config.start import read_config
 from llmnorm.environment import parameter_counts
+from llmnorm.errors import LlmNormError
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.planning.machine import Machine, free_disk
 from llmnorm.planning.trace import Work, trace_step
 from llmnorm.resources import engine_file
 from llmnorm.training.assembly import Plan
-from llmnorm.training.engines.memory import Place, Step, Wrap, footprint, zero_settings
+from llmnorm.training.engines.deepspeed import fit
+from llmnorm.training.engines.deepspeed_config import FILE, Promises, Settings, read_settings
+from llmnorm.training.engines.memory import Place, Step, Wrap, footprint
 from llmnorm.training.environment import flops_per_token
 from llmnorm.training.objective import LOGITS_PER_CHUNK
+from llmnorm.training.optimizer import make_optimizer
 from llmnorm.training.precision import Precision, peak_flops
+from llmnorm.training.ranks import Ranks
 
 _EFFICIENCY = {"cpu": (0.3, 0.8), "cuda": (0.25, 0.55)}
 """Of the rate of a large matrix product: what training of such models is seen to reach."""
@@ -32,12 +36,12 @@ class Launch:
     Args:
         engine: one of `training/engines/memory.py`.
         world: number of processes.
-        zero_file: DeepSpeed's settings, where the launcher names a file of its own.
+        zero: DeepSpeed's settings as `read_settings` returns them, where the launcher has its own.
     """
 
     engine: str
     world: int
-    zero_file: Path | None = None
+    zero: tuple[Settings, Promises] | None = None
 
     def engines(self) -> list[str]:
         """Return the engines that can run in this world, the chosen one first."""
@@ -58,15 +62,20 @@ class Subject:
 
 
 def forecast(subject: Subject) -> dict[str, Any]:
-    """Return what the run will need, as JSON; sizes are in bytes."""
+    """Return what the run will need, as JSON; sizes are in bytes.
+
+    Raises:
+        LlmNormError: as the engine asked for would refuse the run.
+    """
     config, plan, launch = subject.config, subject.plan, subject.launch
     work = _work(config, plan, launch.world)
+    _settings(subject, work, launch.engine)
     recomputing = replace(work, activation_checkpointing=not work.activation_checkpointing)
     step, other = _trace(subject, work), _trace(subject, recomputing)
     with torch.device("meta"):
         model = LlmNormForCausalLM(assumed(subject.model_config))
     logits = work.rows * work.seq_len * subject.model_config.vocab_size
-    engines = {name: _footprint(subject, work, step, name) for name in launch.engines()}
+    engines = {name: _look(subject, work, step, name) for name in launch.engines()}
     return {
         "parameters": parameter_counts(model),
         "batch": _batch(config, plan, work, launch.world),
@@ -122,14 +131,52 @@ def _trace(subject: Subject, work: Work, wrap: Wrap | None = None) -> Step:
     return trace_step(subject.model_config, work, settings, precision, wrap)
 
 
+def _settings(subject: Subject, work: Work, engine: str) -> dict[str, Any]:
+    """Return the `zero_optimization` with which an engine would run, {} for those without.
+
+    Raises:
+        LlmNormError: as the engine would, before its first step is over.
+    """
+    if not engine.startswith("zero"):
+        return {}
+    config, launch = subject.config, subject.launch
+    launched = launch.zero if engine == launch.engine else None
+    launched = launched or read_settings({FILE: str(engine_file(engine))})
+    with torch.device("meta"):
+        model = LlmNormForCausalLM(assumed(subject.model_config))
+    settings = fit(
+        model,
+        lambda model: make_optimizer(model, config.optimizer),
+        launched,
+        subject.precision,
+        Ranks(0, launch.world, torch.device("cpu")),
+    )[-1]
+    launched[1].check(
+        {
+            "train_batch_size": config.training.global_batch_size,
+            "train_micro_batch_size_per_gpu": work.rows,
+            "gradient_accumulation_steps": work.accumulation,
+            "gradient_clipping": work.clip_norm,
+        }
+    )
+    zero: dict[str, Any] = settings["zero_optimization"]
+    return zero
+
+
+def _look(subject: Subject, work: Work, step: Step, engine: str) -> dict[str, Any]:
+    """Return the engine's footprint, or why one that is not asked for would refuse the run."""
+    try:
+        return _footprint(subject, work, step, engine)
+    except LlmNormError as error:
+        if engine == subject.launch.engine:
+            raise
+        return {"fits": False, "refused": str(error)}
+
+
 def _footprint(subject: Subject, work: Work, step: Step, engine: str) -> dict[str, Any]:
     """Return the engine's footprint; `step` is the trace without an engine."""
     launch, precision = subject.launch, subject.precision
-    zero: dict[str, Any] = {}
-    if engine.startswith("zero"):
-        own = launch.zero_file if engine == launch.engine else None
-        hidden_size = subject.model_config.hidden_size
-        zero = zero_settings(int(engine[-1]), own or engine_file(engine), precision, hidden_size)
+    zero = _settings(subject, work, engine)
     place = Place(world=launch.world, device_type=precision.device_type, zero=zero)
     found = footprint(
         engine, lambda wrap: step if wrap is None else _trace(subject, work, wrap), place

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +44,12 @@ class Meter(TorchDispatchMode):
             return NotImplemented  # comes again with its local tensors
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # which is what happens; its fake would be a new tensor
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return 1  # of `float(tensor)`: no optimizer's sizes are known to depend on it
         if active_fake_mode() is self._mode:  # else DTensor is only asking for shapes
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):

@@ -44,10 +44,10 @@ def _table(record: dict[str, Any]) -> Table:
         table.add_column(part, justify="right")
     table.add_column("")
     for name, sizes in memory["engines"].items():
-        verdict = "fits" if sizes["fits"] else "does not fit"
+        verdict = "fits" if sizes["fits"] else "refused" if "refused" in sizes else "does not fit"
         chosen = "this run: " if name == record["engine"] else ""
-        row = [f"{name} x {record['world']}", *(size(sizes[part]) for part in _PARTS)]
-        table.add_row(*row, chosen + verdict)
+        parts = [size(sizes[part]) if part in sizes else "-" for part in _PARTS]
+        table.add_row(f"{name} x {record['world']}", *parts, chosen + verdict)
     return table
 
 

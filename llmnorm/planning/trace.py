@@ -5,23 +5,27 @@ that the run will use, while a `Meter` counts. On a CPU this agrees with the all
 thousandth; a GPU's adds rounding and the workspaces of libraries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmnorm.calibration import assumed
+from llmnorm.errors import EnvironmentProblem
 from llmnorm.evaluation.perplexity import token_nats
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.planning.meter import Meter, local
 from llmnorm.training.constraints import Constraints
 from llmnorm.training.engines.memory import Held, Step, Wrap
+from llmnorm.training.engines.native import slots
 from llmnorm.training.objective import Objective
-from llmnorm.training.optimizer import OptimizerSettings, make_optimizer
+from llmnorm.training.optimizer import OptimizerSettings, make_optimizer, naming_a_failure
 from llmnorm.training.precision import Precision
 
 _LATE = 10**9  # a step by which every rule of `weights` is at work
@@ -65,6 +69,10 @@ def trace_step(
         settings: the optimizer.
         precision: the arithmetic, with the type of device.
         wrap: how an engine shards the objective.
+
+    Raises:
+        ConfigError: for an optimizer that a run would refuse.
+        EnvironmentProblem: for one whose step cannot be followed on such tensors.
     """
     with FakeTensorMode(), torch.device(precision.device_type):
         model = LlmNormForCausalLM(assumed(config))
@@ -123,10 +131,27 @@ def _update(model: LlmNormForCausalLM, optimizer: Any, clip_norm: float) -> int:
             norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
             if clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
-            with constraints.around(_LATE):
+            with constraints.around(_LATE), _following(optimizer):
                 optimizer.step()
         most = meter.most
+        list(slots(optimizer, dict(model.named_parameters())))
     return most
+
+
+@contextmanager
+def _following(optimizer: Any) -> Iterator[None]:
+    """Enclose a step on tensors without values: what it lacks for that is not the run's."""
+    with naming_a_failure(optimizer):
+        try:
+            yield
+        except RuntimeError as error:
+            of_fakes = type(error).__module__ == fake_tensor.__name__
+            if not of_fakes and "FakeTensor" not in str(error):
+                raise
+            raise EnvironmentProblem(
+                f"the memory of {type(optimizer).__name__} cannot be found: its step looks at "
+                "values, which a run has and validate has not; the run may do well"
+            ) from error
 
 
 def _score(model: LlmNormForCausalLM, work: Work, precision: Precision, held: list[Tensor]) -> int:

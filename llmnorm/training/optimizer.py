@@ -11,7 +11,8 @@ import importlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmnorm.errors import ConfigError
+from llmnorm.errors import ConfigError, LlmNormError
 from llmnorm.modeling.parametrization import Factors, Parametrization
 from llmnorm.modeling.weights import WeightSpec
+from llmnorm.training.endings import is_out_of_memory
 from llmnorm.training.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
@@ -281,6 +283,27 @@ def _other(settings: OptimizerSettings, groups: list[dict[str, Any]], adam: dict
     accepted = inspect.signature(factory).parameters
     shared = {key: value for key, value in adam.items() if key == "lr" or key in accepted}
     return factory(groups, **{**shared, **settings.options})
+
+
+@contextmanager
+def naming_a_failure(optimizer: Any) -> Iterator[None]:
+    """Enclose the first step: an optimizer that cannot do it is the run file's mistake.
+
+    Raises:
+        ConfigError: instead of what the step raised, unless memory was refused.
+    """
+    try:
+        yield
+    except LlmNormError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        seen = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{type(optimizer).__name__} fails in its first step ({seen}); change "
+            "optimizer.name or optimizer.options"
+        ) from error
 
 
 def describe_groups(model: PreTrainedModel, settings: OptimizerSettings) -> list[dict[str, Any]]:

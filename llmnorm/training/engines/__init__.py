@@ -6,7 +6,7 @@ chooses the engine, the run file everything that changes numbers.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,26 +113,13 @@ def choose_engine() -> Engine:
 
 
 def _choose() -> Engine:
-    for variable, (default, key) in _NOT_THE_LAUNCHERS.items():
-        if (value := os.environ.get(variable, default)).lower() != default:
-            logger.warning("%s=%s of the launcher is not used: %s decides", variable, value, key)
-    for variable, what in _UNSUPPORTED.items():
-        if asked(variable):
-            raise EnvironmentProblem(
-                f"the launcher asked for {what}; the engines are one process, DDP, FSDP2 and "
-                "DeepSpeed ZeRO: use a file of configs/accelerate/"
-            )
-    deepspeed, fsdp = asked("ACCELERATE_USE_DEEPSPEED"), asked("ACCELERATE_USE_FSDP")
-    if deepspeed and fsdp:
-        raise EnvironmentProblem(
-            "the launcher asked for DeepSpeed and FSDP at once; use one file of configs/accelerate/"
-        )
     cpu = asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    if deepspeed:
+    kind = asked_kind()
+    if kind == "deepspeed":
         from llmnorm.training.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(cpu=cpu)
-    if fsdp:
+    if kind == "fsdp2":
         from llmnorm.training.engines.fsdp2 import FSDP2Engine
 
         return FSDP2Engine(cpu=cpu)
@@ -141,6 +128,30 @@ def _choose() -> Engine:
     return PlainEngine(cpu=cpu)
 
 
-def asked(variable: str) -> bool:
+def asked_kind(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the module of the engine that a launcher's environment asks for.
+
+    Raises:
+        EnvironmentProblem: if there is no such engine, or it asks for two at once.
+    """
+    for variable, (default, key) in _NOT_THE_LAUNCHERS.items():
+        if (value := environment.get(variable, default)).lower() != default:
+            logger.warning("%s=%s of the launcher is not used: %s decides", variable, value, key)
+    for variable, what in _UNSUPPORTED.items():
+        if asked(variable, environment):
+            raise EnvironmentProblem(
+                f"the launcher asked for {what}; the engines are one process, DDP, FSDP2 and "
+                "DeepSpeed ZeRO: use a file of configs/accelerate/"
+            )
+    deepspeed = asked("ACCELERATE_USE_DEEPSPEED", environment)
+    fsdp = asked("ACCELERATE_USE_FSDP", environment)
+    if deepspeed and fsdp:
+        raise EnvironmentProblem(
+            "the launcher asked for DeepSpeed and FSDP at once; use one file of configs/accelerate/"
+        )
+    return "deepspeed" if deepspeed else "fsdp2" if fsdp else "plain"
+
+
+def asked(variable: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher set a variable of its environment to true."""
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+    return environment.get(variable, "false").lower() in ("true", "1", "yes")

@@ -19,11 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmnorm.errors import ConfigError, EnvironmentProblem
+from llmnorm.errors import EnvironmentProblem
 from llmnorm.processes import leave_process_group
 from llmnorm.training.constraints import Constraints, Mean
-from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult, asked
-from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
+from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
+from llmnorm.training.engines.deepspeed_config import (
+    Promises,
+    Settings,
+    fill_settings,
+    read_settings,
+)
 from llmnorm.training.engines.deepspeed_optimizer import ShardedMuon, for_shards
 from llmnorm.training.engines.deepspeed_shards import Part, Shard, find_frozen, find_shards
 from llmnorm.training.engines.native import NUMBER, group_numbers, number, write_model
@@ -49,13 +54,9 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, *, cpu: bool) -> None:
-        if asked("ACCELERATE_USE_CPU"):
-            raise EnvironmentProblem(
-                "the launcher asked for DeepSpeed and use_cpu at once, with which accelerate runs "
-                "DDP; set use_cpu: false (without a GPU DeepSpeed runs on the CPU by itself)"
-            )
-        self.settings, self.promises = read_settings(os.environ)
-        self.stage: int = self.settings["zero_optimization"]["stage"]
+        self.launched = read_settings(os.environ)
+        settings, self.promises = self.launched
+        self.stage: int = settings["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.deepspeed = _import(cpu=cpu)
         self.ranks = _open_group(cpu=cpu)
@@ -69,21 +70,15 @@ class DeepSpeedEngine:
         """Shard the model and the optimizer made for it.
 
         Raises:
-            EnvironmentProblem: if the model has a rule for whole gradients, or DeepSpeed did not
-                do what it was asked for.
+            ConfigError: as `fit`.
+            EnvironmentProblem: as `fit`, or if DeepSpeed did not do what it was asked for.
         """
         self.model = objective.model
-        self.rules = list(model_rules(self.model, self.ranks.mean))
+        self.rules, optimizer, settings = fit(
+            self.model, make_optimizer, self.launched, precision, self.ranks
+        )
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        optimizer = for_shards(make_optimizer(self.model))
-        settings = fill_settings(
-            self.settings,
-            self.promises.source,
-            precision,
-            world=self.ranks.world,
-            hidden_size=self.model.config.hidden_size,
-        )
         if self.stage == 3 and "bf16" not in settings:
             # one parameter after the other, so that no device ever holds the whole model
             self.deepspeed.zero.Init(module=objective, config_dict_or_path=settings)
@@ -161,8 +156,6 @@ class DeepSpeedEngine:
         applied = self.wrapped.was_step_applied()
         if applied and self.rules:
             self._keep_rules(step)
-        if step == 1:
-            list(self.pieces())  # a state that no checkpoint can hold is refused now
         norm = float(self.wrapped.get_global_grad_norm())
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
@@ -221,11 +214,8 @@ class DeepSpeedEngine:
         elif isinstance(value, int | float):
             owned = number(part.name, slot, value)
             yield Piece(name=owned.name, slot=owned.slot, start=0, tensor=owned.tensor, whole=True)
-        elif value is not None:
-            raise ConfigError(
-                f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state {slot!r} "
-                "that is not one value an element; under ZeRO use another optimizer, or ddp.yaml"
-            )
+        else:
+            assert value is None, f"{slot} is a {type(value).__name__}, which `for_shards` refuses"
 
     def load_pieces(self, folder: Path) -> None:
         """Fill this rank's shards from the ranges it needs, then the copies that forwards use."""
@@ -335,6 +325,30 @@ def _open_group(*, cpu: bool) -> Ranks:
     else:  # one process without a launcher
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def fit(
+    model: Any,
+    make_optimizer: MakeOptimizer,
+    launched: tuple[Settings, Promises],
+    precision: Precision,
+    ranks: Ranks,
+) -> tuple[list[tuple[Constraints, list[Any]]], torch.optim.Optimizer, Settings]:
+    """Return what the engine makes of a run: the model's rules, the optimizer, complete settings.
+
+    Nothing is sharded yet; the model may be on the meta device.
+
+    Raises:
+        ConfigError: if shards cannot have this optimizer, or the precision is not the run file's.
+        EnvironmentProblem: if the model has a rule for whole gradients.
+    """
+    rules = list(model_rules(model, ranks.mean))
+    optimizer = for_shards(make_optimizer(model))
+    given, promises = launched
+    settings = fill_settings(
+        given, promises.source, precision, ranks.world, model.config.hidden_size
+    )
+    return rules, optimizer, settings
 
 
 def model_rules(model: Any, mean: Mean) -> Iterator[tuple[Constraints, list[Any]]]:

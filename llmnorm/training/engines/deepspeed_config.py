@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmnorm.errors import ConfigError
+from llmnorm.errors import ConfigError, EnvironmentProblem
 from llmnorm.resources import engine_file, suggest
 from llmnorm.safe_files import read_json
+from llmnorm.training.engines import asked
 from llmnorm.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 
-_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _BUCKET = 50_000_000
 """Elements of a gradient bucket: 200 MB of float32, where DeepSpeed's default is 2 GB."""
 
@@ -78,8 +79,14 @@ def read_settings(environment: Mapping[str, str]) -> tuple[Settings, Promises]:
 
     Raises:
         ConfigError: for a file that cannot be read, and settings that this engine does not have.
+        EnvironmentProblem: if accelerate would run another engine.
     """
-    file = environment.get(_FILE, "none")
+    if asked("ACCELERATE_USE_CPU", environment):
+        raise EnvironmentProblem(
+            "the launcher asked for DeepSpeed and use_cpu at once, with which accelerate runs "
+            "DDP; set use_cpu: false (without a GPU DeepSpeed runs on the CPU by itself)"
+        )
+    file = environment.get(FILE, "none")
     source = "the launcher" if file == "none" else file
     given = _from_variables(environment) if file == "none" else _from_file(Path(file))
     _refuse(given, source)

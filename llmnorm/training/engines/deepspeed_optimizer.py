@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmnorm.errors import ConfigError
 from llmnorm.training.engines.deepspeed_shards import Shard
 from llmnorm.training.muon import MuonWithAdamW, orthogonalizing_whole_matrices
+from llmnorm.training.optimizer import naming_a_failure
 
 _TOLERANCE = 1e-6
 """Of the trial in float64, relative to the largest step."""
@@ -37,23 +38,30 @@ def for_shards(optimizer: Any) -> torch.optim.Optimizer:
             "DeepSpeed rebuilds Adagrad without its parameter groups, which carry weight decay; "
             "use another optimizer, or configs/accelerate/ddp.yaml"
         )
-    try:
-        whole, flat = _try(optimizer, (4, 3), (12,)), _try(optimizer, (24,))
-    except (TypeError, ValueError, RuntimeError) as error:
-        seen = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"{name} fails in its first step ({seen}); change optimizer.name or optimizer.options"
-        ) from error
+    with naming_a_failure(optimizer):
+        (whole, _), (flat, kept) = _try(optimizer, (4, 3), (12,)), _try(optimizer, (24,))
     if not torch.allclose(whole, flat, rtol=0, atol=_TOLERANCE * float(whole.abs().max())):
         raise ConfigError(
             f"optimizer {name} steps a matrix as a whole, but ZeRO shards matrices into flat "
             "ranges; use adamw, muon or another elementwise one, or configs/accelerate/ddp.yaml"
         )
+    for slot, value in kept.items():
+        taken = isinstance(value, int | float | None)
+        if isinstance(value, Tensor):
+            taken = value.shape == flat.shape or value.numel() == 1
+        if not taken:
+            raise ConfigError(
+                f"{name} keeps a {type(value).__name__} in state {slot!r} that is not one value an "
+                "element; under ZeRO use another optimizer, or ddp.yaml"
+            )
     return optimizer
 
 
-def _try(optimizer: torch.optim.Optimizer, *sizes: tuple[int, ...]) -> Tensor:
-    """Return how far 24 elements go in two steps when they are cut into tensors of these sizes."""
+def _try(optimizer: torch.optim.Optimizer, *sizes: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """Return how far 24 elements go in two steps, cut into tensors of these sizes.
+
+    Beside it what is kept of the first tensor.
+    """
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(3, 24, dtype=torch.float64, generator=generator)
     counts = [torch.Size(size).numel() for size in sizes]
@@ -68,7 +76,8 @@ def _try(optimizer: torch.optim.Optimizer, *sizes: tuple[int, ...]) -> Tensor:
         for parameter, part in zip(parameters, gradient.split(counts), strict=True):
             parameter.grad = part.reshape(parameter.shape).clone()
         trial.step()
-    return torch.cat([parameter.detach().flatten() for parameter in parameters]) - start
+    moved = torch.cat([parameter.detach().flatten() for parameter in parameters]) - start
+    return moved, trial.state[parameters[0]]
 
 
 class ShardedMuon(torch.optim.Optimizer):

@@ -6,6 +6,7 @@ stay float32 and forwards run in autocast, as on the other engines.
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class FSDP2Engine(NativeEngine):
     name = "fsdp2"
 
     def __init__(self, *, cpu: bool) -> None:
-        self._reshard = _read_settings()
+        self._reshard = read_settings(os.environ)
         state = PartialState(cpu=cpu, timeout=PATIENCE)
         super().__init__(Ranks(state.process_index, state.num_processes, state.device))
         check_world(self.ranks.world)
@@ -91,22 +92,22 @@ def shard_blocks(objective: Objective, mesh: DeviceMesh, *, reshard: bool) -> No
     _open_for_direct_calls(objective)
 
 
-def _read_settings() -> bool:
-    """Return whether blocks are sharded again between forward and backward.
+def read_settings(environment: Mapping[str, str]) -> bool:
+    """Return whether the launcher wants blocks sharded again between forward and backward.
 
     Raises:
         EnvironmentProblem: for FSDP1, and settings that belong to the run file.
     """
-    version = os.environ.get("FSDP_VERSION", "1")
+    version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise EnvironmentProblem(
             f"the launcher asks for FSDP version {version}; this is FSDP2: set fsdp_version: 2, "
             "or use configs/accelerate/fsdp2.yaml"
         )
     for variable, remedy in _SETTINGS.items():
-        if asked(variable):
+        if asked(variable, environment):
             raise EnvironmentProblem(f"the launcher sets {variable}; {remedy}")
-    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    return environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
 
 
 def _open_for_direct_calls(objective: Any) -> None:

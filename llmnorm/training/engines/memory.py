@@ -7,15 +7,12 @@ code allocates; FSDP2 is traced itself. Bytes, of the rank that holds most where
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llmnorm.errors import ConfigError
 from llmnorm.training.objective import Objective
-from llmnorm.training.precision import Precision
 
 Wrap = Callable[[Objective], object]
 
@@ -95,7 +92,8 @@ class Place:
     Args:
         world: number of ranks.
         device_type: cpu or cuda.
-        zero: DeepSpeed's complete settings `zero_optimization`, for its engines.
+        zero: DeepSpeed's complete settings `zero_optimization`, for its engines; of what they do
+            not name, DeepSpeed's own defaults hold.
     """
 
     world: int
@@ -170,7 +168,7 @@ def _zero12(
     weights, share = step.sum("weight"), step.sum("gradient") // world
     moments = step.sum("slots") // world
     gradients = gradients_of_ranks * share
-    buffers = _bucket(place) * (2 if place.zero["overlap_comm"] else 1)
+    buffers = _bucket(place) * (2 if place.zero.get("overlap_comm") else 1)
     if gradients_of_ranks > 1:
         backward = step.backward
     else:
@@ -189,7 +187,7 @@ def _zero3(trace: Callable[[Wrap | None], Step], place: Place) -> Footprint:
     step, world = trace(None), place.world
     weights, moments = 2 * (step.sum("weight") // world), step.sum("slots") // world
     gradients = step.sum("gradient") // world
-    gathered = min(step.sum("weight"), _FLOAT * place.zero["stage3_max_live_parameters"])
+    gathered = min(step.sum("weight"), _FLOAT * place.zero.get("stage3_max_live_parameters", 10**9))
     under_way = min(step.sum("weight"), _FLOAT * place.zero["stage3_prefetch_bucket_size"])
     gloo = under_way if place.device_type == "cpu" else 0  # it copies what it gathers
     buffers = _bucket(place) + gathered + gloo
@@ -202,22 +200,6 @@ def _zero3(trace: Callable[[Wrap | None], Step], place: Place) -> Footprint:
 
 def _bucket(place: Place) -> int:
     return _FLOAT * int(place.zero["reduce_bucket_size"])
-
-
-def zero_settings(stage: int, file: Path, precision: Precision, hidden_size: int) -> dict[str, Any]:
-    """Return DeepSpeed's settings of a stage as the engine completes them.
-
-    Raises:
-        ConfigError: for a file that cannot be read, is of another stage or asks for what the
-            engine does not have.
-    """
-    from llmnorm.training.engines.deepspeed_config import fill_settings, read_settings
-
-    given, _ = read_settings({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
-    zero = fill_settings(given, str(file), precision, 1, hidden_size)["zero_optimization"]
-    if zero["stage"] != stage:
-        raise ConfigError(f"{file}: zero_optimization.stage is {zero['stage']}, expected {stage}")
-    return {"stage3_max_live_parameters": 10**9, "overlap_comm": stage == 3, **zero}
 
 
 def _sum_up(

@@ -9,7 +9,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from llmnorm.errors import ConfigError
 from llmnorm.training.constraints import Constraints
-from llmnorm.training.endings import is_out_of_memory
 from llmnorm.training.engines import MakeOptimizer, MicroBatch, StepResult
 from llmnorm.training.objective import Objective
+from llmnorm.training.optimizer import naming_a_failure
 from llmnorm.training.pieces import GROUPS, Owned, Piece, PieceReader, share
 from llmnorm.training.precision import Precision
 from llmnorm.training.ranks import Ranks
@@ -109,20 +109,12 @@ class NativeEngine(ABC):
         return StepResult(loss=loss, grad_norm=norm.item(), applied=applied)
 
     def _step(self) -> None:
-        """Step the optimizer; one that cannot do its first step is the run file's mistake."""
+        """Step the optimizer; what it cannot do, or no checkpoint can hold, shows at the first."""
         first = not self.optimizer.state
-        try:
+        with naming_a_failure(self.optimizer) if first else nullcontext():
             self.optimizer.step()
-        except (TypeError, ValueError, RuntimeError) as error:
-            if not first or is_out_of_memory(error):
-                raise
-            seen = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"{type(self.optimizer).__name__} fails in its first step ({seen}); change "
-                "optimizer.name or optimizer.options"
-            ) from error
         if first:
-            list(self._slots())  # a state that no checkpoint can hold is refused now
+            list(slots(self.optimizer, self.parameters))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield this rank's shards, and an even share of what every rank holds."""
@@ -130,7 +122,9 @@ class NativeEngine(ABC):
             Owned(name=name, slot="", tensor=p, split=True) for name, p in self.parameters.items()
         ]
         yield from self._own(weights)
-        yield from self._own([*self._slots(), *group_numbers(self.optimizer)])
+        yield from self._own(
+            [*slots(self.optimizer, self.parameters), *group_numbers(self.optimizer)]
+        )
 
     def _own(self, tensors: Iterable[Owned]) -> Iterator[Piece]:
         replicated = []
@@ -146,26 +140,6 @@ class NativeEngine(ABC):
                     name=owned.name, slot=owned.slot, start=start, tensor=part, whole=complete
                 )
         yield from share(replicated, self.ranks.rank, self.ranks.world)
-
-    def _slots(self) -> Iterator[Owned]:
-        state = self.optimizer.state
-        for name, parameter in self.parameters.items():
-            for slot, value in sorted(state.get(parameter, {}).items()):  # a resume reorders them
-                if isinstance(value, Tensor):
-                    like = value.shape == parameter.shape and value.ndim > 0
-                    if isinstance(value, DTensor) and not like:
-                        raise ConfigError(
-                            f"{type(self.optimizer).__name__} keeps a sharded state {slot!r} of "
-                            f"another shape than {name}; use another optimizer, or ddp.yaml"
-                        )
-                    yield Owned(name=name, slot=slot, tensor=value, split=like)
-                elif isinstance(value, int | float):
-                    yield number(name, slot, value)
-                elif value is not None:
-                    raise ConfigError(
-                        f"{type(self.optimizer).__name__} keeps a {type(value).__name__} in state "
-                        f"{slot!r}; a checkpoint holds tensors and numbers, use another optimizer"
-                    )
 
     def load_pieces(self, folder: Path) -> None:
         """Copy the weights into place and hand the optimizer its state."""
@@ -236,6 +210,32 @@ def _like(parameter: Tensor, reader: PieceReader, key: str) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def slots(optimizer: Any, parameters: Mapping[str, Tensor]) -> Iterator[Owned]:
+    """Yield what an optimizer keeps of each parameter.
+
+    Raises:
+        ConfigError: for a state that no checkpoint can hold.
+    """
+    name_of = type(optimizer).__name__
+    for name, parameter in parameters.items():
+        for slot, value in sorted(optimizer.state.get(parameter, {}).items()):  # resumes reorder
+            if isinstance(value, Tensor):
+                like = value.shape == parameter.shape and value.ndim > 0
+                if isinstance(value, DTensor) and not like:
+                    raise ConfigError(
+                        f"{name_of} keeps a sharded state {slot!r} of another shape than {name}; "
+                        "use another optimizer, or ddp.yaml"
+                    )
+                yield Owned(name=name, slot=slot, tensor=value, split=like)
+            elif isinstance(value, int | float):
+                yield number(name, slot, value)
+            elif value is not None:
+                raise ConfigError(
+                    f"{name_of} keeps a {type(value).__name__} in state {slot!r}; a checkpoint "
+                    "holds tensors and numbers, use another optimizer"
+                )
 
 
 def number(name: str, slot: str, value: float) -> Owned:
