@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 _PACKAGES = (
@@ -55,12 +56,13 @@ def device_name(device: torch.device) -> str:
 
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of parameters, with and without embedding and head.
+    """Return the number of parameters, with and without embeddings and head.
 
-    A head that shares the embedding's matrix is counted once.
+    Learned positions are an embedding. A head that shares the embedding's matrix is counted once.
     """
     total = sum(elements(parameter) for parameter in model.parameters())
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    modules = (*tables, model.get_input_embeddings(), model.get_output_embeddings())
     ends = {id(p): elements(p) for module in modules for p in module.parameters()}
     return {"total": total, "non_embedding": total - sum(ends.values())}
 

@@ -104,6 +104,13 @@ def test_slots_inside_a_sublayer_stand_at_their_projections_and_open_it():
     assert plain["W q"] == plain["RoPE"] == 0
 
 
+def test_learned_positions_are_added_before_the_embeddings_treatment():
+    svg = draw(build_config("debug", norm="dyt", position="learned"))
+    heights = {text.text: float(text.get("y")) for text in ET.fromstring(svg).iter(f"{SVG}text")}
+    assert heights["embedding"] > heights["+ positions"] > heights["learned scale"]
+    assert words(draw(build_config("debug", norm="dyt")))["+ positions"] == 0
+
+
 def test_a_shared_module_is_dashed_and_said_to_be_attentions():
     svg = hand_made(ResidualSpec(pre=NORM), ResidualSpec(pre=replace(NORM, shared=True)))
     assert svg.count('class="norm shared"') == 1

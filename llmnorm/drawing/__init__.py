@@ -101,7 +101,8 @@ def _stack(canvas: Canvas, config: LlmNormConfig, groups: list[list[int]]) -> fl
     embedding, streams = config.embedding_spec(), config.streams_spec()
     final, logits = config.final_norm_spec(), config.logits_spec()
     scale = Cell(words="learned scale", css="gain") if embedding.treatment == "scale" else None
-    rows: list[Row] = [[Cell(words="embedding")], [scale], [slot_cell(embedding.norm)]]
+    learned = Cell(words="+ positions") if config.position == "learned" else None
+    rows: list[Row] = [[Cell(words="embedding")], [learned], [scale], [slot_cell(embedding.norm)]]
     if streams and streams.scale != 1:
         rows.append([None, slot_cell(constant(streams.scale))])
     rows += [[Cell(words=layer_words(group), css="core")] for group in groups]

@@ -9,8 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_llmnorm import LlmNormConfig
 from .operations import compute_dtype
+from .positions import POSITIONS
 from .residual import NormSpec, ResidualSpec, build_slot
-from .rotary import POSITIONS, Table
+from .rotary import Table
 from .weights import linear
 
 
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.position = POSITIONS[config.position]
+        self.position = POSITIONS[config.position].attend
         self.q_proj = linear(config, hidden, heads * self.head_dim, bias=bias)
         self.k_proj = linear(config, hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = linear(config, hidden, kv_heads * self.head_dim, bias=bias)

@@ -21,9 +21,9 @@ from .initialization import InitSpec
 from .lerp import Lerp  # noqa: F401 (enters the residual modules)
 from .operations import check_kind, check_positive, read_choice
 from .parametrization import Parametrization
+from .positions import POSITIONS
 from .residual import ATTENTION_SLOTS, RESIDUALS, NormSpec, ResidualSpec, parse_layer
 from .reuse import ReusedMeanSquare  # noqa: F401 (enters the residual modules)
-from .rotary import POSITIONS
 from .streams import StreamsSpec
 from .weights import WeightSpec
 
@@ -38,6 +38,7 @@ class EmbeddingSpec:
 
     `raw` nothing; `scale` one learned scalar, initially 1/std of the embedding (`unit_rms`, ours:
     the stream starts at RMS 1) or sqrt(hidden_size) (`sqrt_dim`, the DyT paper's); `norm` a norm.
+    Learned positions are part of the embedding that is scaled or normalized.
     """
 
     treatment: str = "raw"
@@ -78,7 +79,8 @@ class LlmNormConfig(PreTrainedConfig):
         wiring: seal over the fields above and the shape they were resolved for.
         qk_norm: `none`, `per_head` or `full_width`, or `{"layout": ..., "op": ..., **options}`.
         mlp: `gated` or `plain`; with `hidden_act` silu and gated this is SwiGLU, gelu GeGLU.
-        position: `rope` or `none`.
+        position: `rope`, `learned` (a table of `max_position_embeddings` rows, added to the token
+        embedding before its treatment, as in GPT-2) or `none`.
         embedding: `raw`, `scale` or `norm`, or a mapping (`EmbeddingSpec`).
         init: name of an init policy, or a mapping (`InitSpec`).
         weights: how matrices are held (`WeightSpec`): plain, weight_norm, unit, project, lawn.

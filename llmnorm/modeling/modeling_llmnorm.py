@@ -5,6 +5,7 @@ Everything scheme-specific is data in `configuration_llmnorm.py`; nothing here a
 runs.
 """
 
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -29,6 +30,7 @@ from .gains import EmbeddingScale
 from .initialization import embedding_std, mark, start
 from .mlp import MLPS
 from .operations import compute_dtype
+from .positions import POSITIONS, build_positions
 from .residual import ResidualSpec, build_residual, build_slot
 from .rotary import rotary_table
 from .streams import build_streams
@@ -40,7 +42,7 @@ def embedding_scale(spec: EmbeddingSpec, config: LlmNormConfig) -> nn.Module:
     """The learned scalar that an embedding treatment `scale` asks for, else identity."""
     if spec.treatment != "scale":
         return nn.Identity()
-    std = embedding_std(config)
+    std = embedding_std(config) * math.sqrt(1 + POSITIONS[config.position].learned)
     return EmbeddingScale({"unit_rms": 1 / std, "sqrt_dim": config.hidden_size**0.5}[spec.init])
 
 
@@ -111,7 +113,7 @@ def close_hidden_states(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LlmNormModel(LlmNormPreTrainedModel):
-    """The trunk: token embedding and its treatment, blocks, final norm.
+    """The trunk: token embedding, learned positions if any, their treatment, blocks, final norm.
 
     Raises:
         ValueError: if the config's wiring cannot be (see `LlmNormConfig.residual_specs`).
@@ -122,6 +124,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
         config.check()
         embedding = config.embedding_spec()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = build_positions(config)
         self.embedding_scale = embedding_scale(embedding, config)
         self.embedding_norm = build_slot(embedding.norm, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -149,14 +152,21 @@ class LlmNormModel(LlmNormPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Token ids (batch, seq), or embeddings (batch, seq, hidden), to hidden states.
 
-        `inputs_embeds` stands for the embedding table's output: its scale or norm is still applied.
+        `inputs_embeds` stands for the embedding table's output: learned positions, the scale or the
+        norm are still applied.
         Position ids that start again within a row keep attention inside each document.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = position_ids
+        if positions is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+        x = self.embed_positions(x, positions, cached=past_key_values is not None)
         x = self.embedding_norm(self.embedding_scale(x))
-        # Before a cache is made, which would hide where documents start.
+        # Before a cache is made, which would hide where documents start. Positions that nobody gave
+        # are not searched for them: the search waits for the device.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -166,11 +176,8 @@ class LlmNormModel(LlmNormPreTrainedModel):
         )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         rotary = rotary_table(
-            position_ids,
+            positions,
             head_dim=self.config.head_dim,
             theta=self.config.rope_parameters["rope_theta"],
             dtype=x.dtype,
@@ -181,7 +188,7 @@ class LlmNormModel(LlmNormPreTrainedModel):
                 x,
                 rotary=rotary,
                 attention_mask=mask,
-                position_ids=position_ids,
+                position_ids=positions,
                 past_key_values=past_key_values,
                 **kwargs,
             )

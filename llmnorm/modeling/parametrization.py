@@ -9,7 +9,7 @@ m_d = hidden_size / base_width, m_L = depth / base_depth (1 without a base depth
     the rest of a block  lr m_L^(alpha-1)
     logits               / m_d
     attention scores     q k / head_dim instead of q k / sqrt(head_dim)
-    everything else      as it is: embedding, head, final norm
+    everything else      as it is: embedding, learned positions, head, final norm
 
 The residual multiplier m_L^(-alpha), without which a base depth means nothing, belongs to the
 placement `completep`. Init policies that know the width (Xavier and the like) keep their own std.

@@ -1,10 +1,8 @@
-"""Rotary position embedding (RoPE), rotate-half layout as in Llama; or no position at all.
+"""Rotary position embedding (RoPE), rotate-half layout as in Llama.
 
 Tables are computed on use, in float32 or the input's precision if that is higher: nothing is
 stored, so nothing can be wiped when a model is built on the meta device.
 """
-
-from collections.abc import Callable
 
 import torch
 
@@ -41,14 +39,3 @@ def rotate(query: torch.Tensor, key: torch.Tensor, table: Table) -> Table:
     turned_query = query * cos + _rotate_half(query) * sin
     turned_key = key * cos + _rotate_half(key) * sin
     return turned_query.to(query.dtype), turned_key.to(key.dtype)
-
-
-def keep(query: torch.Tensor, key: torch.Tensor, table: Table) -> Table:
-    """Leave queries and keys as they are: no position information."""
-    return query, key
-
-
-POSITIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, Table], Table]] = {
-    "rope": rotate,
-    "none": keep,
-}

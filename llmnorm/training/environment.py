@@ -15,7 +15,7 @@ from llmnorm.training.ranks import Ranks
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     """Return floating-point operations of training on one token: 6 N + 12 L d T.
 
-    N counts the matrices that a token passes (all parameters but the embedding table), L layers,
+    N counts the matrices that a token passes (all parameters but embedding tables), L layers,
     d width, T sequence length; attention is counted without the causal half.
     Source: Chowdhery et al., "PaLM", appendix B, arXiv:2204.02311.
     """

@@ -347,7 +347,7 @@ def test_a_partial_rotation_is_refused_since_it_would_be_ignored() -> None:
         ("head_dim", 7, "RoPE needs an even one"),
         ("initializer_range", 0.0, "initializer_range is 0.0; expected a number above 0"),
         ("mlp", "swiglu", "mlp is 'swiglu'; expected one of gated, plain"),
-        ("position", "alibi", "position is 'alibi'; expected one of rope, none"),
+        ("position", "alibi", "position is 'alibi'; expected one of rope, learned, none"),
         ("hidden_act", "silo", "hidden_act is 'silo'; expected one of"),
         ("embedding", "scaled", "embedding is 'scaled'; expected one of raw, scale, norm"),
         ("embedding", {"treatment": "scale", "std": 1}, "embedding has no key 'std'"),

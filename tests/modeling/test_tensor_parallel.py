@@ -22,6 +22,7 @@ SCHEMES = {
     "gathered attention and mlp": {"placement": "sub_ln"},
     "head gains": {"placement": "normformer", "norm": "derf"},
     "plain mlp": {"placement": "lns", "mlp": "plain", "hidden_act": "gelu"},
+    "learned positions": {"position": "learned", "tie_word_embeddings": True},
     "rotated": {"qk_norm": {"layout": "per_head", "rope": "after"}},
     "gates": {"placement": "sdd"},
     "shared": {"placement": "parallel"},
