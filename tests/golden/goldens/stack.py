@@ -28,9 +28,6 @@ class Stack:
     config: LlmNormConfig
     to_ours: Map
     """From the reference's tensors to the state dict of our causal model, without gaps."""
-    embed: Callable[[Tensor, Reference, Tensor], Tensor] | None = None
-    """From our embedding table, the reference's tensors and token ids to embeddings, where
-    positions are learned."""
     head_bias: str | None = None
     """The reference's name of a bias on the logits, which our head does not have."""
     blocks_per_layer: int = 1
@@ -142,7 +139,7 @@ def run_state(
         if stack.blocks_only:
             output = _through_blocks(model, state, inputs["x"])
         else:
-            arguments = _arguments(stack, state, reference, inputs)
+            arguments = _arguments(stack, inputs)
             output = functional_call(model, dict(state), (), arguments, strict=True).logits
     finally:
         for hook in hooks:
@@ -166,15 +163,9 @@ def _through_blocks(model: LlmNormForCausalLM, state: Mapping[str, Tensor], x: T
     return h
 
 
-def _arguments(
-    stack: Stack, state: Mapping[str, Tensor], reference: Reference, inputs: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _arguments(stack: Stack, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     if stack.time_first:
         return {"inputs_embeds": inputs["x"].transpose(0, 1), "use_cache": False}
-    if stack.embed is not None:
-        table = state["model.embed_tokens.weight"]
-        x = stack.embed(table, reference, inputs["input_ids"])
-        return {"inputs_embeds": x, "use_cache": False}
     return {"input_ids": inputs["input_ids"], "use_cache": False}
 
 

@@ -49,7 +49,7 @@ def take_step(
     number: int,
     loss: Tensor,
     parameters: Iterable[Tensor],
-    optimizers: Iterable[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Backward, clip over all parameters, step with the lr of this step; compare loss and norm."""
     data, tolerance = case.manifest.tensors(), case.manifest.content["tolerance"]
@@ -63,10 +63,9 @@ def take_step(
     assert_equal("norm", norm, data[f"{case.name}/grad_norm.f64"][index], tolerance["grad_norm"])
     coef = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
     assert_equal("clip", coef, data[f"{case.name}/clip_coef.f64"][index], tolerance["grad_norm"])
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = case.fields["lr_per_step"][index]
-        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = case.fields["lr_per_step"][index]
+    optimizer.step()
 
 
 @torch.no_grad()
@@ -88,7 +87,7 @@ def compare_official_steps(case: Case, stack: Stack) -> None:
     for number in range(1, len(case.fields["lr_per_step"]) + 1):
         batch = {"input_ids": data[f"batch.{number}.input_ids"]}
         loss = run(stack, model, weights, batch).loss
-        take_step(case, number, loss, weights.values(), [optimizer])
+        take_step(case, number, loss, weights.values(), optimizer)
         before = f"{case.name}/w{number}_before_renorm."
         for key, name in matching(set(data), before, ".f64"):
             assert_equal(key, weights[name], data[key], tolerance["weights"])
@@ -114,10 +113,8 @@ class OurRun:
     case: Case
     stack: Stack
     model: Any
-    optimizers: list[torch.optim.Optimizer]
+    optimizer: Any
     constraints: Constraints
-    extras: dict[str, Tensor]
-    """Trained tensors that our model has no place for (learned positions), by reference name."""
     deviating: dict[str, tuple[float, float]]
     """Our parameters whose (official, our) decay differ."""
 
@@ -127,20 +124,16 @@ class OurRun:
         state = {name: named.get(name) for name in self.model.state_dict()}
         if state["lm_head.weight"] is None:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        loss = run_state(self.stack, self.model, state, self.extras, batch).loss
-        parameters = [*named.values(), *self.extras.values()]
+        loss = run_state(self.stack, self.model, state, {}, batch).loss
         with self.constraints.around(number):
-            take_step(self.case, number, loss, parameters, self.optimizers)
+            take_step(self.case, number, loss, named.values(), self.optimizer)
 
     def compare(self, number: int, expected: Callable[[str, Tensor], Tensor]) -> None:
         """Compare all weights after a step with `expected(our name, the recorded weight)`."""
         tolerance = self.case.manifest.content["tolerance"]["weights"]
-        recorded = self.recorded(number)
-        ours = self.stack.to_ours(recorded)
+        ours = self.stack.to_ours(self.recorded(number))
         for name, weight in self.model.named_parameters():
             assert_equal(f"w{number} of {name}", weight, expected(name, ours[name]), tolerance)
-        for name, weight in self.extras.items():
-            assert_equal(f"w{number} of {name}", weight, recorded[name], tolerance)
 
     def recorded(self, number: int) -> dict[str, Tensor]:
         data = self.case.manifest.tensors()
@@ -156,7 +149,6 @@ def our_run(case: Case, stack: Stack) -> OurRun:
     model = stack.model(torch.float64)
     model.load_state_dict({k: v.detach() for k, v in stack.to_ours(weights).items()})
     origin = _origin(stack, weights)
-    extras = {name: weights[name] for name in weights if name not in set(origin.values())}
     settings = SimpleNamespace(
         name={"AdamW": "adamw", "Adam": "torch.optim:Adam"}[case.fields["optimizer"]],
         lr=1.0,
@@ -167,19 +159,12 @@ def our_run(case: Case, stack: Stack) -> OurRun:
     )
     groups = parameter_groups(model, settings)
     ours = {name: group.weight_decay for group in groups for name in group.names}
-    optimizers = [make_optimizer(model, settings)]
-    if extras:
-        kept = [{"params": [extras[n]], "weight_decay": decay[n]} for n in extras if n in decay]
-        betas = tuple(case.fields["betas"])
-        if kept:
-            optimizers.append(torch.optim.AdamW(kept, lr=0.0, betas=betas, eps=case.fields["eps"]))
     return OurRun(
         case=case,
         stack=stack,
         model=model,
-        optimizers=optimizers,
+        optimizer=make_optimizer(model, settings),
         constraints=Constraints(model),
-        extras=extras,
         deviating={
             name: (decay[origin[name]], mine)
             for name, mine in ours.items()

@@ -8,7 +8,7 @@ from llmnorm import build_config
 
 from ..cases import Case, NotImplementedCaseError, Switches
 from ..stack import Reference, Stack
-from .mapping import add_positions, copy, qkv, split
+from .mapping import POSITIONS, copy, qkv, split
 
 # nanoGPT's LayerNorm has its eps in the code.
 _EPS = 1e-5
@@ -17,7 +17,6 @@ _EPS = 1e-5
 def adapt(case: Case) -> Stack:
     switches = Switches(case.fields["config"])
     kind, bias = switches.take("norm_type"), switches.take("bias", False)
-    switches.take("block_size", None)
     switches.expect("dropout", 0.0)
     shape = {
         "vocab_size": switches.take("vocab_size"),
@@ -29,7 +28,8 @@ def adapt(case: Case) -> Stack:
         "mlp_bias": bias,
         "mlp": "plain",
         "hidden_act": "gelu",
-        "position": "none",
+        "position": "learned",
+        "max_position_embeddings": switches.take("block_size", POSITIONS),
         "tie_word_embeddings": True,
     }
     norms: dict[str, dict[str, Any]] = {
@@ -46,7 +46,8 @@ def adapt(case: Case) -> Stack:
 
     def to_ours(reference: Reference) -> dict[str, Tensor]:
         ends = dict.fromkeys(("model.embed_tokens", "lm_head"), "transformer.wte")
-        state = copy(reference, {**ends, "model.norm": "transformer.ln_f"})
+        ends |= {"model.embed_positions": "transformer.wpe", "model.norm": "transformer.ln_f"}
+        state = copy(reference, ends)
         if kind != "ln":
             state["model.embedding_scale.weight"] = reference["shared_scale"]
         for i in range(config.num_hidden_layers):
@@ -54,10 +55,7 @@ def adapt(case: Case) -> Stack:
             state |= _layer(reference, f"model.layers.{i}", f"transformer.h.{i}", heads)
         return state
 
-    def embed(tokens: Tensor, reference: Reference, ids: Tensor) -> Tensor:
-        return add_positions(tokens, reference["transformer.wpe.weight"], ids)
-
-    return Stack(config=config, to_ours=to_ours, embed=embed)
+    return Stack(config=config, to_ours=to_ours)
 
 
 def _layer(

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..cases import Switches
 
 Reference = Mapping[str, Tensor]
+
+POSITIONS = 64
+"""Rows of the recorded tables of learned positions."""
 
 
 def copy(reference: Reference, modules: Mapping[str, str]) -> dict[str, Tensor]:
@@ -52,8 +54,3 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
     switches.expect("partial_rotary_factor", 1.0, None)
     switches.done()
     return {"rope_theta": theta, "rope_type": "default"}
-
-
-def add_positions(tokens: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
-    """Token plus learned position embeddings, (batch, seq, hidden)."""
-    return torch.nn.functional.embedding(ids, tokens) + positions[: ids.shape[1]]

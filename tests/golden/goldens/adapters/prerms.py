@@ -6,7 +6,7 @@ from llmnorm import build_config
 
 from ..cases import Case, NotImplementedCaseError, Switches
 from ..stack import Reference, Stack
-from .mapping import add_positions, copy, qkv, split
+from .mapping import POSITIONS, copy, qkv, split
 
 _PLAIN = {"elementwise_affine": False}
 _NORMS = {
@@ -32,38 +32,36 @@ def adapt(case: Case) -> Stack:
         "mlp_bias": True,
         "mlp": "plain",
         "hidden_act": "gelu",
-        "position": "none",
+        "position": "learned",
+        "max_position_embeddings": POSITIONS,
     }
     norm = {**_NORMS[method], "eps": switches.take("eps")}
     switches.done()
     config = build_config(shape, norm=norm, placement="pre_ln", embedding="raw", **case.overrides)
 
     def to_ours(reference: Reference) -> dict[str, Tensor]:
-        state = copy(reference, {"model.embed_tokens": "wte", "lm_head": "final_linear"})
-        del state["lm_head.bias"]
+        tables = copy(reference, {"model.embed_tokens": "wte", "model.embed_positions": "wpe"})
+        state = {name: _centred(table, -1, recentred) for name, table in tables.items()}
+        state["lm_head.weight"] = reference["final_linear.weight"]
         for i in range(config.num_hidden_layers):
             heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
             layer = _layer(reference, f"model.layers.{i}", f"transformer.layers.{i}", heads)
-            state |= {name: _centred(name, value, recentred) for name, value in layer.items()}
+            outputs = [name for name in layer if ".o_proj." in name or ".down_proj." in name]
+            layer |= {name: _centred(layer[name], 0, recentred) for name in outputs}
+            state |= layer
         return state
-
-    def embed(tokens: Tensor, reference: Reference, ids: Tensor) -> Tensor:
-        x = add_positions(tokens, reference["wpe.weight"], ids)
-        return x - x.mean(-1, keepdim=True) if recentred else x
 
     return Stack(
         config=config,
         to_ours=to_ours,
-        embed=embed,
         head_bias="final_linear.bias",
         blocks_per_layer=config.num_hidden_layers,  # hidden.1 is the last
     )
 
 
-def _centred(name: str, value: Tensor, recentred: bool) -> Tensor:
-    """What is added to the stream has zero mean over features: columns and biases of outputs."""
-    is_output = ".o_proj." in name or ".down_proj." in name
-    return value - value.mean(0) if recentred and is_output else value
+def _centred(value: Tensor, features: int, recentred: bool) -> Tensor:
+    """What is added to the stream, with zero mean over its axis of features."""
+    return value - value.mean(features, keepdim=True) if recentred else value
 
 
 def _layer(
