@@ -253,13 +253,16 @@ def _tokenizer(
     source: Source, other: str | None, eos_token: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     location = other or source.location
+    if other is None and eos_token is None and Path(location).is_dir():
+        if not _has_tokenizer(location):
+            return None  # of some classes transformers would make one without words
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file makes the readers raise anything
         problem = f"{location} cannot be opened as a tokenizer: {_reason(error)}"
         if other is not None or eos_token is not None:
             raise ConfigError(problem) from error
-        if any(any(Path(location).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        if _has_tokenizer(location):
             raise CheckpointError(f"{problem}; restore it, or name one with --tokenizer") from error
         return None
     if eos_token is not None:
@@ -267,6 +270,11 @@ def _tokenizer(
             raise ConfigError(f"--eos-token {eos_token} is not a token of {location}'s tokenizer")
         tokenizer.eos_token = eos_token
     return tokenizer
+
+
+def _has_tokenizer(location: str) -> bool:
+    """Whether a folder here holds a file of a tokenizer."""
+    return any(any(Path(location).glob(name)) for name in _TOKENIZER_FILES)
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from llmnorm import build_config, build_model
 from llmnorm.errors import CheckpointError, ConfigError
@@ -92,6 +93,13 @@ def test_code_in_a_folder_is_not_run_unless_asked(make_model):
     with pytest.raises(ConfigError, match="--trust-remote-code"):
         load(str(folder))
     assert not ran.exists()
+
+
+def test_no_tokenizer_is_made_up_for_a_class_that_has_a_usual_one(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).save_pretrained(tmp_path)
+    assert load(str(tmp_path)).tokenizer is None
 
 
 def test_a_model_without_a_tokenizer_can_be_given_one(make_model, model_folder):
