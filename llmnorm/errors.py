@@ -39,3 +39,7 @@ class CheckpointError(LlmNormError, RuntimeError):
     """A checkpoint that is missing, damaged or belongs to another run."""
 
     exit_code = 5
+
+
+class ParityError(LlmNormError):
+    """An exported or imported model that does not compute what its source does."""
