@@ -170,7 +170,7 @@ def test_the_norm_on_queries_acts_before_rope() -> None:
     model = build_model(build_config(SHAPE, qk_norm="per_head", num_hidden_layers=1)).double()
     attn = model.model.layers[0].self_attn
     seen: dict[str, torch.Tensor] = {}
-    attn.core.register_forward_pre_hook(lambda _m, args: seen.update(query=args[1]))
+    attn.core.register_forward_pre_hook(lambda _m, args: seen.update(query=args[0]))
     with torch.no_grad():
         attn.q_norm.weight[0] = 0.0
     model(tokens())
@@ -183,7 +183,7 @@ def heads_seen(model: LlmNormForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys (batch, heads, seq, head_dim) of the first layer, as they are compared."""
     seen: list[torch.Tensor] = []
     model.model.layers[0].self_attn.core.register_forward_pre_hook(
-        lambda _m, args: seen.extend(args[1:3])
+        lambda _m, args: seen.extend(args[:2])
     )
     model(tokens())
     return seen[0], seen[1]

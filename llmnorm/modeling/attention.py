@@ -45,11 +45,22 @@ def eager_attention(
 
 
 class AttentionCore(nn.Module):
-    """Weigh the values; a module of its own so that transformers can record the weights."""
+    """Weigh the values; a module of its own so that transformers can record the weights.
+
+    It has what attention functions read of a module, and what a server that brings its own finds
+    the layer by: `config`, `layer_idx`, `scaling`.
+    """
+
+    def __init__(self, config: LlmNormConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
 
     def forward(
         self,
-        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -57,9 +68,18 @@ class AttentionCore(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            module.config._attn_implementation, eager_attention
+            self.config._attn_implementation, eager_attention
         )
-        return attend(module, query, key, value, attention_mask, **kwargs)
+        return attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout * self.training,
+            **kwargs,
+        )
 
 
 class Attention(nn.Module):
@@ -80,11 +100,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         hidden, bias = config.hidden_size, config.attention_bias
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = heads // kv_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
         self.position = POSITIONS[config.position].attend
         self.q_proj = linear(config, hidden, heads * self.head_dim, bias=bias)
         self.k_proj = linear(config, hidden, kv_heads * self.head_dim, bias=bias)
@@ -95,7 +111,7 @@ class Attention(nn.Module):
         self.v_norm, self.v_view = self._feature_slot(spec.v, kv_heads)
         self.q_rotated = build_slot(spec.q_rotated, self.head_dim)
         self.k_rotated = build_slot(spec.k_rotated, self.head_dim)
-        self.core = AttentionCore()
+        self.core = AttentionCore(config, layer_idx)
         self.inner = build_slot(spec.inner, heads * self.head_dim)
 
     def _feature_slot(self, spec: NormSpec | None, heads: int) -> tuple[nn.Module, tuple[int, ...]]:
@@ -123,14 +139,5 @@ class Attention(nn.Module):
         query, key = self.q_rotated(query), self.k_rotated(key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        context, _ = self.core(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout * self.training,
-            **kwargs,
-        )
+        context, _ = self.core(query, key, value, attention_mask, **kwargs)
         return self.o_proj(self.inner(context.reshape(*shape, -1)))

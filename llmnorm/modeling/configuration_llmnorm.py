@@ -366,6 +366,25 @@ class LlmNormConfig(PreTrainedConfig):
             del plan["layers.*.mlp.gate_proj"]
         return plan
 
+    @property
+    def base_model_pp_plan(  # type: ignore[override]
+        self,
+    ) -> dict[str, tuple[list[str], list[str]]]:
+        """Pipeline plan: the parts in order, with what each reads and gives; none of two streams.
+
+        Servers drop what stands before the layers on all stages but the first, and what stands
+        after them on all but the last.
+        """
+        if self.streams is not None:
+            return {}
+        embedding = ("embed_positions", "embedding_scale", "embedding_norm")
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            **{name: (["inputs_embeds"], ["inputs_embeds"]) for name in embedding},
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
+
 
 _SHARDED = ("colwise", "rowwise")
 _GATHERED = ("colwise_gather_output", "rowwise_split_input")

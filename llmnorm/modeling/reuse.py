@@ -66,7 +66,7 @@ class ReusedMeanSquare(Residual):
             _whole(parameter).to(compute_dtype(parameter))
             for parameter in (norm.lam, attention.v_proj.weight, attention.o_proj.weight)
         )
-        heads = (-1, attention.num_key_value_groups, attention.head_dim)
+        heads = (-1, attention.core.num_key_value_groups, attention.head_dim)
         o = o.unflatten(1, heads).sum(2).flatten(1)  # (hidden, kv_heads * head_dim)
         with torch.autocast(o.device.type, enabled=False):
             product = ((o.mT @ o) * (v @ v.mT)).sum()  # |W_V^T W_O^T|_F^2, a group shares its W_V

@@ -59,4 +59,5 @@ class SeedNorm(AffineNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x.to(compute_dtype(x))
         chosen = torch.tanh((h * self.beta).sum(-1, keepdim=True)) * self.alpha + self.weight
-        return (self.scale * chosen * self.normalized(h)).to(x.dtype)
+        # The constant last: servers take gain * normalized alone for an RMSNorm with that `weight`.
+        return (self.scale * (chosen * self.normalized(h))).to(x.dtype)

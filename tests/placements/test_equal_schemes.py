@@ -240,10 +240,10 @@ def test_unit_queries_and_keys_are_compared_by_their_cosine_times_g() -> None:
     attention, seen = model.model.layers[0].self_attn, []
     for norm in (attention.q_norm, attention.k_norm):
         norm.reset_parameters()
-    attention.core.register_forward_pre_hook(lambda _, given: seen.extend(given[1:3]))
+    attention.core.register_forward_pre_hook(lambda _, given: seen.extend(given[:2]))
     model(tokens())
     query, key = seen[0], seen[1].repeat_interleave(2, dim=1)  # (batch, heads, seq, head_dim)
-    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) * attention.scaling
+    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) * attention.core.scaling
     cosines = torch.cosine_similarity(query[:, :, :, None], key[:, :, None], dim=-1)
     torch.testing.assert_close(scores, g * cosines, **TOLERANCE[torch.float64])
 
