@@ -253,14 +253,14 @@ def _tokenizer(
     source: Source, other: str | None, eos_token: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     location = other or source.location
-    if other is None and eos_token is None and Path(location).is_dir():
-        if not _has_tokenizer(location):
-            return None  # of some classes transformers would make one without words
+    asked = other is not None or eos_token is not None
+    if not asked and Path(location).is_dir() and not _has_tokenizer(location):
+        return None  # of some classes transformers would make one without words
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file makes the readers raise anything
         problem = f"{location} cannot be opened as a tokenizer: {_reason(error)}"
-        if other is not None or eos_token is not None:
+        if asked:
             raise ConfigError(problem) from error
         if _has_tokenizer(location):
             raise CheckpointError(f"{problem}; restore it, or name one with --tokenizer") from error
