@@ -1,10 +1,11 @@
-"""Find a class that holds a model exactly, or say what stands in the way."""
+"""Find a class that holds a model exactly, or say what stands in the way and what would fold."""
 
 from dataclasses import dataclass
 
 from llmnorm.errors import ConfigError
 from llmnorm.export.form import Form
 from llmnorm.export.hosts import HOSTS, Host
+from llmnorm.export.options import OPTIONS
 from llmnorm.export.simplify import simplify
 
 
@@ -28,41 +29,78 @@ def fit(form: Form, target: str) -> Fit | None:
 
     Raises:
         ConfigError: for an unknown target, or one that cannot hold the form: it names what stands
-            in the way, and the targets that would do.
+            in the way, options with which it would, and the targets that hold it as it is.
     """
     if target != "auto" and target not in HOSTS:
         raise ConfigError(f"--target {target}: expected auto, custom or one of {', '.join(HOSTS)}")
-    simple = simplify(form)
-    fits = {name: prepared(simple, host) for name, host in HOSTS.items()}
-    obstacles = {name: HOSTS[name].obstacles(one) for name, one in fits.items()}
-    holding = [name for name in HOSTS if not obstacles[name]]
+    for name in HOSTS if target == "auto" else (target,):
+        one = prepared(form, HOSTS[name])
+        obstacles = HOSTS[name].obstacles(one)
+        if not obstacles:
+            return Fit(HOSTS[name], one)
     if target == "auto":
-        return Fit(HOSTS[holding[0]], fits[holding[0]]) if holding else None
-    if target in holding:
-        return Fit(HOSTS[target], fits[target])
-    raise ConfigError(_refusal(target, obstacles, holding))
+        return None
+    raise ConfigError(_refusal(form, HOSTS[target], obstacles))
 
 
 def nearest(form: Form) -> tuple[Host, list[str]]:
-    """The host that least stands in the way of, and what that is."""
-    simple = simplify(form)
-    obstacles = {name: host.obstacles(prepared(simple, host)) for name, host in HOSTS.items()}
-    name = min(obstacles, key=lambda name: len(obstacles[name]))
+    """The host in whose way the least stands, and what that is (see `Host.obstacles`).
+
+    Of several, the first that an option of the scheme would let hold it.
+    """
+    obstacles = {name: host.obstacles(prepared(form, host)) for name, host in HOSTS.items()}
+    fewest = min(map(len, obstacles.values()))
+    near = [name for name, found in obstacles.items() if len(found) == fewest]
+    name = next((name for name in near if options_to_hold(form, HOSTS[name])), near[0])
     return HOSTS[name], obstacles[name]
 
 
+def holding(form: Form) -> list[str]:
+    """Names of all hosts that hold a form, in the order of `HOSTS`."""
+    return [name for name, host in HOSTS.items() if not host.obstacles(prepared(form, host))]
+
+
+def options_to_hold(form: Form, host: Host) -> list[str]:
+    """Options of the scheme, such as `qk_norm: none`, each of which alone lets a host hold it."""
+    simple, found = simplify(form, embedding=host.embedding == "raw"), []
+    for words, change in OPTIONS.items():
+        changed = simple.copy()
+        change(changed)
+        host.prepare(changed)
+        if not host.obstacles(changed):
+            found.append(words)
+    return found
+
+
 def prepared(form: Form, host: Host) -> Form:
-    """A copy of a simplified form, rewritten as the host wants it."""
-    form = form.copy()
+    """A copy of a form, simplified and rewritten as the host wants it."""
+    form = simplify(form, embedding=host.embedding == "raw")
     host.prepare(form)
     return form
 
 
-def _refusal(target: str, obstacles: dict[str, list[str]], holding: list[str]) -> str:
-    what = "; ".join(obstacles[target])
-    text = f"--target {target}: {HOSTS[target].architecture} cannot hold {what}."
-    if holding:
-        return f"{text} Holding this model: {', '.join(holding)}"
-    near = min(obstacles, key=lambda name: len(obstacles[name]))
-    beside = "" if near == target else f"; nearest is {near}, without {'; '.join(obstacles[near])}"
-    return f"{text} No class holds it{beside}; use --target custom"
+def explain(form: Form) -> str:
+    """Why no class holds a form, in one line: the nearest class, and what would fold."""
+    host, obstacles = nearest(form)
+    return f"No class holds this model; nearest is {_nearest(host, obstacles)}{_advice(form, host)}"
+
+
+def _nearest(host: Host, obstacles: list[str]) -> str:
+    return f"{host.architecture} ({host.name}), which {'; it '.join(obstacles)}."
+
+
+def _refusal(form: Form, host: Host, obstacles: list[str]) -> str:
+    why = f"{host.architecture} {'; it '.join(obstacles)}."
+    text = f"--target {host.name}: {why}{_advice(form, host)}"
+    if others := holding(form):
+        return f"{text} These hold the model as it is: {', '.join(others)}."
+    near, in_the_way = nearest(form)
+    beside = f"; nearest is {_nearest(near, in_the_way)}" if near != host else "."
+    return f"{text} No class holds the model as it is{beside} Use --target custom."
+
+
+def _advice(form: Form, host: Host) -> str:
+    """What a host is made for, and the options with which it would hold a form."""
+    options = options_to_hold(form, host)
+    would = f", and would hold this model with {' or '.join(options)}" if options else ""
+    return f" It is made for {host.holds}{would}."

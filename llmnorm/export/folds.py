@@ -6,7 +6,7 @@ Sources: LayerNorm as RMSNorm of a centred stream: Jiang et al., 2023, arXiv:230
 import torch
 
 from llmnorm.export.canonical import eps_of, is_norm, norm
-from llmnorm.export.form import EMBEDDING, HEAD, Form, Held, Sublayer
+from llmnorm.export.form import HEAD, Form, Held, Sublayer, tables
 
 NEUTRAL_EPS = 1e12
 
@@ -107,11 +107,6 @@ def fill_with_neutral_norms(form: Form) -> None:
         sub.put("pre", neutral)
     form.put_final(neutral)
     form.notes.append("the class's norms are made to do nothing (eps 1e12): load in float32")
-
-
-def tables(form: Form) -> list[str]:
-    """Names of the tables whose rows are added up to the embedding."""
-    return [name for name in (f"{EMBEDDING}.weight",) if name in form.tensors]
 
 
 def _joins(sub: Sublayer) -> set[str]:

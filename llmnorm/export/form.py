@@ -18,6 +18,7 @@ Tensors = dict[str, torch.Tensor]
 Kind = Literal["attn", "mlp"]
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+POSITIONS = "model.embed_positions"
 _WIRED = ("norm", "placement", "qk_norm", "residuals", "final_norm", "logits", "streams", "wiring")
 _INSIDE = {"inner", *ATTENTION_SLOTS, *MLP_SLOTS}  # slots of the branch, not of its joint
 _NORMED = ("q", "k", "v")  # slots whose module is called q_norm
@@ -284,6 +285,12 @@ class Form:
             if name not in found and name.endswith("_proj.bias"):
                 found[name] = torch.zeros_like(tensor, dtype=torch.float64)
         return found
+
+
+def tables(form: Form) -> list[str]:
+    """Names of the tables whose rows are added up to the embedding."""
+    names = (f"{EMBEDDING}.weight", f"{POSITIONS}.weight")
+    return [name for name in names if name in form.tensors]
 
 
 def _make_plain(module: nn.Linear, name: str, tensors: Tensors) -> None:

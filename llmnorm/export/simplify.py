@@ -6,20 +6,24 @@ Each function rewrites a form in place into one that computes the same. `simplif
 import torch
 
 from llmnorm.export.canonical import canonical, eps_of, gain, is_norm, norm
-from llmnorm.export.form import EMBEDDING, HEAD, Form, Held, Sublayer
+from llmnorm.export.form import HEAD, Form, Held, Sublayer, tables
 
 _ONE_STREAM = ("residual", "lerp", "bhyt")
 
 
-def simplify(form: Form) -> Form:
+def simplify(form: Form, *, embedding: bool = True) -> Form:
     """A copy of a form in which constants, gains and the embedding's treatment are in matrices.
 
     Norms are plain (`canonical.py`) with their constants in their gains. What is left in the slots
     is what a host must have.
+
+    Args:
+        embedding: whether its treatment goes into the table; some hosts want to see it.
     """
     form = form.copy()
     write_plainly(form)
-    bake_embedding(form)
+    if embedding:
+        bake_embedding(form)
     fold_logits(form)
     for sub in form.sublayers():
         fold_branch_gains(sub)
@@ -45,12 +49,15 @@ def write_plainly(form: Form) -> None:
 
 
 def bake_embedding(form: Form) -> None:
-    """Replace the embedding's table by what its treatment makes of each row."""
+    """Replace the embedding's table by what its treatment makes of each row.
+
+    A norm of the sum of tokens and learned positions is in neither table, and stays.
+    """
     spec = form.embedding
-    if spec.treatment == "raw":
+    if spec.treatment == "raw" or (spec.norm is not None and len(tables(form)) > 1):
         return
     form.untie(f"the embedding's {spec.treatment} is in its table")
-    for name in _embedded(form):
+    for name in tables(form):
         table = form.tensors[name]
         if spec.norm is not None:
             held = Held(spec.norm, form.parts("model.embedding_norm"))
@@ -239,11 +246,6 @@ def _gain(sub: Sublayer, slot: str) -> torch.Tensor | None:
         return None
     held = sub.get(slot)
     return held.tensors["weight"] if held is not None and held.op == "gain" else None
-
-
-def _embedded(form: Form) -> list[str]:
-    """The tables whose rows the embedding's treatment acts on."""
-    return [f"{EMBEDDING}.weight"]
 
 
 def _width(sub: Sublayer, slot: str) -> int:

@@ -1,59 +1,94 @@
-"""Llama, Qwen3 and their kin: RMSNorm before each sublayer, norms on queries and keys or none."""
+"""Llama and its kin: RMSNorm before each sublayer, norms on queries and keys or none."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmnorm.export.folds import centre_stream
-from llmnorm.export.form import Form
-from llmnorm.export.hosts.base import PRE_NORMS, QK_NORMS, Host, check_default_rope
+from llmnorm.export.form import Form, Tensors
+from llmnorm.export.hosts.base import MLP, PRE_NORMS, QK_NORMS, QKV, QKVO, Host
 
+_CAST = {"cast": "input"}  # as these classes multiply by the weight
 
-@dataclass(frozen=True, kw_only=True)
-class LlamaLike(Host):
-    """Pre-LN with RMSNorm; a LayerNorm that reads a centred stream is one."""
-
-    def prepare(self, form: Form) -> None:
-        centre_stream(form)
-        super().prepare(form)
-
-    def settings(self, form: Form, dtype: torch.dtype) -> dict[str, Any]:
-        biased = {"attention_bias": form.has_bias("attn"), "mlp_bias": form.has_bias("mlp")}
-        return {name: value for name, value in biased.items() if value}
-
-    def scheme(self, config: PreTrainedConfig) -> dict[str, Any]:
-        known: Any = config
-        return {
-            "norm": {"op": "rmsnorm", "eps": known.rms_norm_eps, "cast": "input"},
-            "placement": "pre_ln",
-            "qk_norm": "none",
-            "rope_theta": check_default_rope(config),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Qwen3(LlamaLike):
-    """The same with a norm on each head's queries and keys."""
-
-    def scheme(self, config: PreTrainedConfig) -> dict[str, Any]:
-        known: Any = config
-        norm = {"op": "rmsnorm", "eps": known.rms_norm_eps, "cast": "input"}
-        return {**super().scheme(config), "qk_norm": {"layout": "per_head", **norm}}
-
-
-LLAMA = LlamaLike(
+LLAMA = Host(
     name="llama",
     architecture="LlamaForCausalLM",
     norms=PRE_NORMS,
-    biases=frozenset(("attn", "mlp")),
-    served="vLLM, SGLang, TGI, llama.cpp",
+    holds="rmsnorm with placement pre_ln",
+    placement="pre_ln",
+    norm_options=_CAST,
+    biases={"attention_bias": QKVO, "mlp_bias": MLP},
+    served="vLLM, llama.cpp",
 )
-QWEN3 = Qwen3(
+MISTRAL = Host(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    norms=PRE_NORMS,
+    holds="rmsnorm with placement pre_ln, no biases",
+    placement="pre_ln",
+    norm_options=_CAST,
+    fixed={"sliding_window": None},
+)
+QWEN2 = Host(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    norms=PRE_NORMS,
+    holds="rmsnorm with placement pre_ln, biases on q, k and v",
+    placement="pre_ln",
+    norm_options=_CAST,
+    biases={"": QKV},
+)
+QWEN3 = Host(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     norms={**PRE_NORMS, **QK_NORMS},
-    biases=frozenset(("attn",)),
-    served="vLLM, SGLang, llama.cpp",
+    holds="rmsnorm with placement pre_ln and qk_norm per_head",
+    placement="pre_ln",
+    norm_options=_CAST,
+    biases={"attention_bias": QKVO},
+    served="vLLM, llama.cpp",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Granite(Host):
+    """Llama with the multipliers of muP, which are in matrices when written."""
+
+    def settings(self, form: Form, dtype: torch.dtype) -> dict[str, Any]:
+        ones = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        return {**dict.fromkeys(ones, 1.0), "attention_multiplier": form.shape["head_dim"] ** -0.5}
+
+    def scheme(self, config: PreTrainedConfig) -> dict[str, Any]:
+        scheme = super().scheme(config)
+        return {**scheme, "embedding": {"treatment": "scale", "init": "sqrt_dim"}}
+
+    def read(self, model: PreTrainedModel) -> Tensors:
+        """As in the base; the multipliers are put into matrices and the final norm's gain."""
+        config: Any = model.config
+        tensors = super().read(model)
+        head_dim = config.hidden_size // config.num_attention_heads
+        factors = {
+            ".q_proj": config.attention_multiplier * head_dim**0.5,
+            ".o_proj": config.residual_multiplier,
+            ".down_proj": config.residual_multiplier,
+            "model.norm": 1 / config.logits_scaling,
+        }
+        for name in tensors:
+            for end, factor in factors.items():
+                if name.rpartition(".")[0].endswith(end):
+                    tensors[name] = tensors[name] * factor
+        scale = torch.tensor([config.embedding_multiplier], dtype=torch.float64)
+        return {**tensors, "model.embedding_scale.weight": scale}
+
+
+GRANITE = Granite(
+    name="granite",
+    architecture="GraniteForCausalLM",
+    norms=PRE_NORMS,
+    holds="rmsnorm with placement pre_ln",
+    placement="pre_ln",
+    norm_options=_CAST,
+    biases={"attention_bias": QKVO, "mlp_bias": MLP},
+    served="vLLM, llama.cpp",
 )
