@@ -22,13 +22,7 @@ from llmnorm.evaluation.loading import Loaded
 from llmnorm.export.canonical import canonical
 from llmnorm.export.folds import fold_pointwise
 from llmnorm.export.form import HEAD, Form, Held, Tensors
-from llmnorm.export.simplify import (
-    bake_embedding,
-    fold_branch_gains,
-    fold_logits,
-    fold_stream_gains,
-    write_plainly,
-)
+from llmnorm.export.simplify import simplify
 from llmnorm.export.writing import write_companions, write_weights
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
@@ -41,24 +35,16 @@ _ASKED = ("norm", "placement", "qk_norm")
 def serving_form(form: Form, *, pointwise: bool = False) -> Form:
     """A copy of a form, rewritten so that no constant stands where a server would not look.
 
-    As `simplify`, except: a tied head stays tied, with the embedding's treatment beside it; and the
-    norms of a second stream are written plainly too.
+    As `simplify`; also what that leaves as it is, the norm of an embedding with learned positions
+    and the norms of a second stream, is written plainly.
 
     Args:
         form: any form.
         pointwise: fold gain and bias of point-wise norms into the next linear layers.
     """
-    form = form.copy()
-    write_plainly(form)
+    form = simplify(form)
+    _write_embedding_plainly(form)
     _write_streams_plainly(form)
-    if form.tied:
-        _write_embedding_plainly(form)
-    else:
-        bake_embedding(form)
-    fold_logits(form)
-    for sub in form.sublayers():
-        fold_branch_gains(sub)
-    form = fold_stream_gains(form)
     if pointwise:
         fold_pointwise(form)
     return form
@@ -97,7 +83,7 @@ def _tensors(form: Form, model: LlmNormForCausalLM) -> Tensors:
 
 
 def _write_embedding_plainly(form: Form) -> None:
-    """Write the norm of an embedding that stays beside its table."""
+    """Write the norm of an embedding that is not in its table."""
     spec, name = form.embedding.norm, "model.embedding_norm"
     if spec is None:
         return

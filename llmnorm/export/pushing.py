@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from llmnorm.errors import ConfigError, EnvironmentProblem
@@ -21,7 +22,7 @@ def check_push(repo: str) -> None:
     except HFValidationError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--push {repo}: expected USER/NAME; {reason}") from error
-    if huggingface_hub.constants.is_offline_mode():
+    if is_offline_mode():
         raise EnvironmentProblem("--push: HF_HUB_OFFLINE is set; unset it to upload")
     if huggingface_hub.get_token() is None:
         raise EnvironmentProblem("--push: no token of the hub; run `hf auth login` first")
