@@ -1,5 +1,6 @@
 """Find a class that holds a model exactly, or say what stands in the way and what would fold."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmnorm.errors import ConfigError
@@ -33,14 +34,13 @@ def fit(form: Form, target: str) -> Fit | None:
     """
     if target != "auto" and target not in HOSTS:
         raise ConfigError(f"--target {target}: expected auto, custom or one of {', '.join(HOSTS)}")
-    for name in HOSTS if target == "auto" else (target,):
-        one = prepared(form, HOSTS[name])
-        obstacles = HOSTS[name].obstacles(one)
-        if not obstacles:
-            return Fit(HOSTS[name], one)
+    hosts = list(HOSTS.values()) if target == "auto" else [HOSTS[target]]
+    for host, one in prepared(form, hosts):
+        if not (obstacles := host.obstacles(one)):
+            return Fit(host, one)
     if target == "auto":
         return None
-    raise ConfigError(_refusal(form, HOSTS[target], obstacles))
+    raise ConfigError(_refusal(form, host, obstacles))
 
 
 def nearest(form: Form) -> tuple[Host, list[str]]:
@@ -48,7 +48,8 @@ def nearest(form: Form) -> tuple[Host, list[str]]:
 
     Of several, the first that an option of the scheme would let hold it.
     """
-    obstacles = {name: host.obstacles(prepared(form, host)) for name, host in HOSTS.items()}
+    pairs = prepared(form, HOSTS.values())
+    obstacles = {host.name: host.obstacles(one) for host, one in pairs}
     fewest = min(map(len, obstacles.values()))
     near = [name for name, found in obstacles.items() if len(found) == fewest]
     name = next((name for name in near if options_to_hold(form, HOSTS[name])), near[0])
@@ -57,7 +58,8 @@ def nearest(form: Form) -> tuple[Host, list[str]]:
 
 def holding(form: Form) -> list[str]:
     """Names of all hosts that hold a form, in the order of `HOSTS`."""
-    return [name for name, host in HOSTS.items() if not host.obstacles(prepared(form, host))]
+    pairs = prepared(form, HOSTS.values())
+    return [host.name for host, one in pairs if not host.obstacles(one)]
 
 
 def options_to_hold(form: Form, host: Host) -> list[str]:
@@ -72,11 +74,16 @@ def options_to_hold(form: Form, host: Host) -> list[str]:
     return found
 
 
-def prepared(form: Form, host: Host) -> Form:
-    """A copy of a form, simplified and rewritten as the host wants it."""
-    form = simplify(form, embedding=host.embedding == "raw")
-    host.prepare(form)
-    return form
+def prepared(form: Form, hosts: Iterable[Host]) -> Iterator[tuple[Host, Form]]:
+    """Copies of a form, simplified and rewritten as each host wants it; one at a time."""
+    simple: dict[bool, Form] = {}
+    for host in hosts:
+        baked = host.embedding == "raw"
+        if baked not in simple:
+            simple[baked] = simplify(form, embedding=baked)
+        one = simple[baked].copy()
+        host.prepare(one)
+        yield host, one
 
 
 def explain(form: Form) -> str:

@@ -18,7 +18,7 @@ _ORDER = (
     *(LLAMA, QWEN3, GLM4, OLMO2, EXAONE4, GEMMA2, GEMMA3, GPT_2),
     *(STABLELM, GPT_NEOX, NEMOTRON, COHERE, STABLELM_PARALLEL, GPT_NEOX_PARALLEL, PHI),
     *(QWEN2, MISTRAL, GRANITE),  # what they hold, Llama holds too
-    *(OLMO, BITNET, MINIMAX),  # whom nobody is known to serve natively
+    *(OLMO, BITNET, MINIMAX),  # the last two are not known to be served natively
 )
 HOSTS: dict[str, Host] = {host.name: host for host in _ORDER}
 

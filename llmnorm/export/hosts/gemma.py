@@ -105,7 +105,7 @@ GEMMA2 = Gemma(
     biases={"attention_bias": QKVO},
     renamed={"hidden_act": "hidden_activation"},
     fixed=_FIXED,
-    served="vLLM, llama.cpp (with GeGLU)",
+    served="vLLM, llama.cpp (GeGLU alone, unverified)",
 )
 GEMMA3 = Gemma3(
     name="gemma3",
@@ -119,5 +119,5 @@ GEMMA3 = Gemma3(
     biases={"attention_bias": QKVO},
     renamed={"hidden_act": "hidden_activation"},
     fixed=_FIXED,
-    served="vLLM, llama.cpp (with GeGLU)",
+    served="vLLM, llama.cpp (GeGLU alone, unverified)",
 )

@@ -113,5 +113,5 @@ OLMO = Olmo(
     biases={"attention_bias": QKVO},
     eps_field="",
     fixed={"clip_qkv": None},
-    served="llama.cpp",
+    served="llama.cpp; vLLM by its transformers backend",
 )

@@ -29,6 +29,7 @@ MISTRAL = Host(
     placement="pre_ln",
     norm_options=_CAST,
     fixed={"sliding_window": None},
+    served="vLLM, llama.cpp (unverified)",
 )
 QWEN2 = Host(
     name="qwen2",
@@ -38,6 +39,7 @@ QWEN2 = Host(
     placement="pre_ln",
     norm_options=_CAST,
     biases={"": QKV},
+    served="vLLM, llama.cpp (unverified)",
 )
 QWEN3 = Host(
     name="qwen3",

@@ -15,7 +15,7 @@ OLMO2 = Host(
     placement="res_post_ln",
     qk_per_head=False,
     biases={"attention_bias": QKVO},
-    served="vLLM, llama.cpp",
+    served="llama.cpp; vLLM by its transformers backend",
 )
 EXAONE4 = Host(
     name="exaone4",

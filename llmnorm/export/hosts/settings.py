@@ -29,7 +29,8 @@ def check_settings(host: "Host", config: PreTrainedConfig) -> None:
     """
     known: Any = config
     for name, only in host.fixed.items():
-        if (seen := getattr(known, name, only)) != only:
+        seen = getattr(known, name, only)
+        if seen != only and (seen or only):  # None and False are one
             raise ValueError(
                 f"{name} is {seen!r}; llmnorm has nothing like it (only {name}={only!r} comes in)"
             )
