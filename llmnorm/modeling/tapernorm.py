@@ -25,10 +25,10 @@ class TaperNorm(AffineNorm):
         r = sqrt(mean(x^2) + eps)
 
     `after_step` moves what no gradient moves. For `warmup_steps` the gate g is 1 and
-    E[|x weight|^2 / r] and E[|x weight|^2] over tokens are averaged. Then c becomes their quotient
-    (the least-squares fit of the norm by a constant), taper_weight a copy of weight, and g goes to
-    0 along a half cosine of `taper_steps`. The gate never rises: a model that starts from a tapered
-    one keeps its g, c and taper_weight, until the cosine is below that g.
+    E[|x weight|^2 / r] and E[|x weight|^2] over a step's tokens are averaged. Then c becomes their
+    quotient (the least-squares fit of the norm by a constant), taper_weight a copy of weight, and g
+    goes to 0 along a half cosine of `taper_steps`. The gate never rises: a model that starts from a
+    tapered one keeps its g, c and taper_weight, until the cosine is below that g.
 
     Shape: x and y are (..., dim); weight and taper_weight are (dim,); gate (g), c and the two
     averages are (1,) and take no gradient. In the warm-up the averages are in float32 or higher
@@ -92,24 +92,38 @@ class TaperNorm(AffineNorm):
             self.get_parameter(name).requires_grad_(False)
         self.eps, self.momentum = eps, momentum
         self.warmup_steps, self.taper_steps = int(warmup_steps), int(taper_steps)
-        self.seen: torch.Tensor | None = None  # this step's two means, for `measured`
+        self.rows: torch.Tensor | None = None  # (batch,): which count; None: all
+        self.seen: torch.Tensor | None = None  # this step's two sums and number of tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = x.to(compute_dtype(x))
         inverse_rms = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         weighted = self.weight * h
         if self.training:
-            squares = weighted.detach().pow(2).sum(-1, keepdim=True)
-            self.seen = torch.stack(((squares * inverse_rms.detach()).mean(), squares.mean()))
+            self._see(weighted.detach(), inverse_rms.detach())
         tapered = self.c * self.taper_weight * h
         return (self.scale * (self.gate * weighted * inverse_rms + (1 - self.gate) * tapered)).to(
             x.dtype
         )
 
-    def measured(self, step: int) -> torch.Tensor | None:
-        """The two means (2,) that `after_step` wants averaged over the ranks, in the warm-up.
+    def _see(self, weighted: torch.Tensor, inverse_rms: torch.Tensor) -> None:
+        """Add up a forward; one that recomputes activations adds sums and number once more."""
+        squares = weighted.pow(2).sum(-1, keepdim=True)
+        counted = torch.ones_like(squares)
+        if self.rows is not None:
+            counted = counted * self.rows.view(-1, *[1] * (squares.ndim - 1))
+        parts = (squares * inverse_rms * counted, squares * counted, counted)
+        sums = torch.stack([part.sum() for part in parts])
+        self.seen = sums if self.seen is None else self.seen + sums
 
-        Of the last forward in training mode on this rank, its last micro-batch.
+    def before(self, rows: torch.Tensor, *, first: bool) -> None:
+        """Meet a micro-batch, the `first` of a step or not; `rows` (batch,) says which count."""
+        self.rows = rows
+        if first:
+            self.seen = torch.zeros(3, device=rows.device)
+
+    def measured(self, step: int) -> torch.Tensor | None:
+        """What `after_step` wants averaged over the ranks in the warm-up: the step's sums (3,).
 
         Raises:
             ValueError: if there was none in a step of the warm-up.
@@ -130,7 +144,7 @@ class TaperNorm(AffineNorm):
         """
         averages = (self.mean_over_rms, self.mean_square)
         if means is not None:
-            for average, now in zip(averages, means, strict=True):
+            for average, now in zip(averages, means[:2] / means[2], strict=True):
                 average.data = average.data.to(compute_dtype(average))
                 average.lerp_(now.to(average.dtype), 1 - self.momentum)
         if step == self.warmup_steps:
@@ -142,7 +156,7 @@ class TaperNorm(AffineNorm):
                 average.data = average.data.to(self.gate.dtype)
         done = min(max(step - self.warmup_steps, 0) / self.taper_steps, 1.0)
         self.gate.clamp_(max=(1 + math.cos(math.pi * done)) / 2 if done < 1 else 0.0)
-        self.seen = None
+        self.rows = self.seen = None
 
     @torch.no_grad()
     def fold(self) -> torch.Tensor:

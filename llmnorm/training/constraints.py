@@ -1,9 +1,10 @@
 """What must hold after every optimizer step, beside what the optimizer does: one hook around it.
 
 The rules of the config field `weights` (`modeling/weights.py` says what each is for), and modules
-that move by the number of steps, such as TaperNorm's gate (`Moving`). Engines write
-`with constraints.around(step): optimizer.step()`. A skipped step never gets here. Nothing keeps a
-state of its own, so a continued run is the run; under DDP every rank does the same.
+that move by the number of steps, such as TaperNorm's gate (`Moving`). Engines announce each
+micro-batch (`before`) and write `with constraints.around(step): optimizer.step()`, which a skipped
+step never gets to. Nothing keeps a state from step to step, so a continued run is the run; under
+DDP every rank does the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmnorm.modeling.initialization import expected_std
 from llmnorm.modeling.weights import WeightSpec, unit_dim
+from llmnorm.training.objective import IGNORED
 
 Mean = Callable[[Tensor], Tensor]
 
@@ -34,6 +36,9 @@ class Matrix:
 
 class Moving(Protocol):
     """A module that moves by the step: one that has `after_step`."""
+
+    def before(self, rows: Tensor, *, first: bool) -> None:
+        """Meet a micro-batch, the `first` of a step or not; `rows` (batch,) says which count."""
 
     def measured(self, step: int) -> Tensor | None:
         """What to average over the ranks after this step, (n,); None for nothing."""
@@ -99,6 +104,17 @@ class Constraints:
         self.matrices = list(_matrices(model))
         self.moving: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
         self.mean = mean
+
+    def before(self, targets: Tensor, *, first: bool) -> None:
+        """Announce a micro-batch to the modules that move by the step.
+
+        Args:
+            targets: (batch, seq); a row without any target is padding.
+            first: whether it begins a step; what was seen of a step that was not applied is gone.
+        """
+        rows = (targets != IGNORED).any(-1) if self.moving else targets
+        for module in self.moving:
+            module.before(rows, first=first)
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

@@ -130,11 +130,51 @@ def test_the_schedule_is_a_function_of_the_step_so_that_a_resumed_run_goes_on() 
 def test_the_means_of_a_step_are_averaged_over_ranks_until_the_warm_up_is_over() -> None:
     norm = taper(warmup_steps=1)
     norm(features(3, DIM))
-    both = norm.measured(1)
-    norm.after_step(1, (both + 3 * both) / 2)
-    assert norm.mean_square.item() == pytest.approx(0.01 * 2 * both[1].item())
+    sums = norm.measured(1)
+    weights = torch.tensor([1.0, 3.0, 1.0])  # of another rank: thrice the squares, as many tokens
+    norm.after_step(1, (sums + weights * sums) / 2)
+    assert norm.mean_square.item() == pytest.approx(0.01 * 2 * sums[1].item() / 3)
     norm(features(3, DIM))
     assert norm.measured(2) is None
+
+
+def test_a_step_averages_over_the_tokens_of_its_micro_batches_without_padding() -> None:
+    whole, split = taper(), taper()
+    x = features(5, 3, DIM)
+    whole(x)
+    split.before(torch.ones(2, dtype=torch.bool), first=True)
+    split(features(2, 3, DIM, seed=7))  # of a step that was not applied
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        part = torch.cat([x, torch.ones(1, 3, DIM, dtype=x.dtype)])[rows]
+        counted = torch.arange(6)[rows] < 5
+        split.before(counted, first=rows.start == 0)
+        split(part)
+        split(part)  # recomputed
+    assert_same(split.measured(1), 2 * whole.measured(1))
+    for norm in (whole, split):
+        move(norm, 1)
+    assert_same(split.mean_over_rms, whole.mean_over_rms)
+    assert_same(split.mean_square, whole.mean_square)
+
+
+def test_compiled_it_adds_up_over_micro_batches_in_one_graph() -> None:
+    norm, plain, graphs = taper().float(), taper().float(), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(norm, backend=backend)
+    for step in (1, 2):
+        for micro in range(3):
+            for one in (norm, plain):
+                one.before(torch.tensor([True, micro < 2]), first=micro == 0)
+            x = features(2, 3, DIM, seed=10 * step + micro).float()
+            torch.testing.assert_close(compiled(x), plain(x))
+        torch.testing.assert_close(norm.measured(step), plain.measured(step))
+        for one in (norm, plain):
+            move(one, step)
+    assert len(graphs) == 1
 
 
 def test_averages_of_a_bfloat16_model_are_kept_in_float32_while_they_move() -> None:

@@ -233,7 +233,7 @@ def test_moving_tapernorms_waits_for_the_device_nowhere(
         with constraints.around(step):
             pass
     monkeypatch.undo()
-    assert calls == [(8,), (8,)]
+    assert calls == [(12,), (12,)]
     assert [m.gate.item() for m in constraints.moving] == [0.0] * 4
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmnorm import build_config, build_model
-from llmnorm.config import RunConfig
+from llmnorm.config import RunConfig, load_run_config
 from llmnorm.data import Prepared
 from llmnorm.training.checkpoint import verify
 from llmnorm.training.loop import train
@@ -41,8 +42,6 @@ def _assert_close(left: Path, right: Path) -> None:
 @pytest.fixture(scope="module")
 def one_process(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process with the whole batch at once."""
-    from llmnorm.config import load_run_config
-
     run = tmp_path_factory.mktemp("reference") / "run"
     train(load_run_config(None, _words(data, run)))
     return run
@@ -52,8 +51,6 @@ def one_process(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_accumulation_changes_no_loss(
     micro_batch_size: int, one_process: Path, data: Prepared, tmp_path: Path
 ) -> None:
-    from llmnorm.config import load_run_config
-
     words = _words(data, tmp_path / "run", training__micro_batch_size=micro_batch_size)
     train(load_run_config(None, words))
     _assert_close(one_process, tmp_path / "run")
@@ -70,6 +67,61 @@ def test_two_ddp_processes_with_unequal_targets_give_the_losses_of_one(
     manifest = verify(run / "checkpoints" / f"step_{STEPS:08d}")
     assert manifest["world"] == 2
     assert "optimizer-00001-of-00002.safetensors" in manifest["files"]
+
+
+TAPER = {
+    "model__norm": {"op": "tapernorm", "warmup_steps": 6, "taper_steps": 4, "momentum": 0.5},
+    "training__max_steps": 14,
+}
+
+RECOMPUTED = {"training__activation_checkpointing": True}
+COMPILED = {"training__compile": True}
+
+
+def _constants(run: Path) -> torch.Tensor:
+    """What the norms of a finished run have fitted."""
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    return torch.cat([module.c for module in model.modules() if hasattr(module, "after_step")])
+
+
+@pytest.fixture(scope="module")
+def one_tapered(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of TaperNorm in one process with the whole batch at once."""
+    run = tmp_path_factory.mktemp("tapered") / "run"
+    train(load_run_config(None, _words(data, run, **TAPER)))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "changes"),
+    [(2, {}), (1, RECOMPUTED), (3, COMPILED), (2, RECOMPUTED | COMPILED)],
+    ids=["accumulated", "recomputed", "compiled", "both"],
+)
+# Dynamo reads .grad of the tensors it traces and then meets torch's own warning about it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_tapernorm_averages_over_all_micro_batches_and_no_padding(
+    micro_batch_size: int,
+    changes: dict[str, Any],
+    one_tapered: Path,
+    data: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, run = torch.compile, tmp_path / "run"
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend="aot_eager"))
+    changes = {**TAPER, "training__micro_batch_size": micro_batch_size, **changes}
+    train(load_run_config(None, _words(data, run, **changes)))
+    _assert_close(one_tapered, run)
+    torch.testing.assert_close(_constants(run), _constants(one_tapered), rtol=1e-6, atol=0)
+
+
+def test_tapernorm_averages_over_all_ranks(
+    one_tapered: Path, data: Prepared, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    run = tmp_path / "run"
+    run_ranks(PRETRAIN, *_words(data, run, training__micro_batch_size=2, **TAPER))
+    _assert_close(one_tapered, run)
+    torch.testing.assert_close(_constants(run), _constants(one_tapered), rtol=1e-6, atol=0)
 
 
 def test_a_launcher_may_start_one_process(

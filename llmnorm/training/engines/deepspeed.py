@@ -119,6 +119,8 @@ class DeepSpeedEngine:
         for position, batch in enumerate(micro_batches, start=1):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             self.wrapped.set_gradient_accumulation_boundary(position == len(micro_batches))
+            for rules, _ in self.rules:
+                rules.before(batch["targets"], first=position == 1)
             loss_sum, _ = self.wrapped(**batch)
             self.wrapped.backward(loss_sum * (world / max(count, 1.0)), scale_wrt_gas=False)
             total += loss_sum.detach()

@@ -81,6 +81,7 @@ class NativeEngine(ABC):
         total = torch.zeros((), dtype=torch.float64, device=device)
         for number, batch in enumerate(micro_batches, start=1):
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            self.constraints.before(batch["targets"], first=number == 1)
             with self.exchanging(number == len(micro_batches)):
                 with self.precision.autocast():
                     loss_sum, _ = self.wrapped(**batch)
