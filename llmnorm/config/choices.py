@@ -88,7 +88,7 @@ def build_arguments(
 
 def _problem(parts: Mapping[str, Any]) -> str | None:
     """What the build says against these parts of the model section; None when it succeeds."""
-    with _without_warnings():
+    with without_warnings():
         try:
             llmnorm.build.build_config(**build_arguments(**parts))
         except ValueError as error:
@@ -111,7 +111,7 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Leave the build's warnings to the build that the run itself does."""
     log = logging.getLogger(llmnorm.build.__name__)
     before, log.disabled = log.disabled, True
