@@ -73,6 +73,6 @@ def write_model(
     write_weights(folder, tensors, dtype, _SHARD_SIZE)
     with quiet():
         for part in (model, model.model):  # AutoModelForCausalLM, AutoModel
-            custom_object_save(part, folder, config=config)
+            custom_object_save(part, folder, config=config)  # type: ignore[arg-type]
         write_companions(folder, config, source)
     write_sources(sources, folder)

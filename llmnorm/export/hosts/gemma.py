@@ -65,8 +65,9 @@ class Gemma(Host):
                 tensors[name] = (1 + tensors[name]) * scalar - 1
             elif ".q_proj." in name and ("attn", "q") not in self.norms:
                 tensors[name] = tensors[name] * scalar
-        scale = _rounded_root(config.hidden_size, model.dtype)
-        return {**tensors, f"{_SCALE}.weight": torch.tensor([scale], dtype=torch.float64)}
+        table: Any = model.get_input_embeddings()
+        scale = table.embed_scale.to(model.dtype).double().reshape(1)
+        return {**tensors, f"{_SCALE}.weight": scale}
 
 
 @dataclass(frozen=True, kw_only=True)
