@@ -12,9 +12,11 @@ from llmnorm.errors import ConfigError
 from llmnorm.export import Form
 from llmnorm.export.canonical import gain
 from llmnorm.export.fitting import Fit, explain, fit, holding
+from llmnorm.export.folds import centre_stream
 from llmnorm.export.form import EMBEDDING, HEAD
 from llmnorm.export.hosts import HOSTS
 from llmnorm.export.hosts.base import with_one_eps
+from llmnorm.export.simplify import simplify
 
 EXACT = 1e-9  # of the logits' standard deviation: the algebra, in float64
 CLASS = 5e-6  # the same in a class that computes its norms and RoPE in float32
@@ -195,6 +197,32 @@ def test_what_stands_in_the_way_is_named(placement, options, words, moved):
     with pytest.raises(ConfigError) as told:
         fit(Form.of(moved(placement, **options)), "llama")
     assert words in str(told.value)
+
+
+@pytest.mark.parametrize("target", ["llama", "gpt2", "gemma2"])
+def test_a_norm_of_tokens_and_positions_together_fits_nowhere(target, moved):
+    form = Form.of(moved("pre_ln", **{**PLAIN, **LEARNED, "embedding": "norm"}))
+    with pytest.raises(ConfigError, match="nothing to the sum of tokens and positions, the model"):
+        fit(form, target)
+
+
+def test_llama_holds_layernorm_whose_final_bias_is_zero(moved, logits):
+    model = moved("pre_ln", **LN, **TIED)
+    with torch.no_grad():
+        model.model.norm.bias.zero_()
+    found = fit(Form.of(model), "auto")
+    config = found.host.config(found.form, torch.float64)
+    assert (found.host.name, config.attention_bias, config.mlp_bias) == ("llama", True, True)
+    assert "untied the head" in found.form.notes[0]
+    assert far(logits(hosted(found)), logits(model)) < CLASS
+
+
+def test_a_stream_with_learned_positions_is_centred_in_both_tables(moved, logits):
+    model = moved("pre_ln", **{**LN_NO_BIAS, **LEARNED})
+    form = simplify(Form.of(model))
+    centre_stream(form)
+    assert form.get_final().op == "rmsnorm"
+    assert far(logits(form), logits(model)) < EXACT
 
 
 def test_heads_of_a_width_of_their_own_need_a_class_that_has_them(moved):

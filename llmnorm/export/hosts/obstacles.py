@@ -88,7 +88,7 @@ def _about_embedding(host: "Host", form: Form) -> Iterator[str]:
     if host.embedding == "norm":
         yield from _about_norm(host, embedding_norm(form), "the norm of the embedding")
     elif treatment not in ("raw", host.embedding):
-        yield f"has a table of tokens alone; learned positions join before the {treatment}"
+        yield f"does nothing to the sum of tokens and positions, the model has a {treatment} there"
 
 
 def _about_shape(host: "Host", form: Form) -> Iterator[str]:

@@ -18,7 +18,13 @@ _ONE_NORM: dict[Place, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OneNorm(Host):
-    """A parallel block with one norm: two norms become one when gain and bias are in matrices."""
+    """A parallel block with one norm: two norms become one when gain and bias are in matrices.
+
+    Args:
+        head_bias: whether the head has a bias; 0 is written.
+    """
+
+    head_bias: bool = False
 
     def prepare(self, form: Form) -> None:
         super().prepare(form)
@@ -27,9 +33,9 @@ class OneNorm(Host):
             _fold_pre_gains(form)
 
     def write(self, form: Form, dtype: torch.dtype) -> Tensors:
-        """As in the base; the head of Phi has a bias."""
+        """As in the base, with the head's bias."""
         tensors = super().write(form, dtype)
-        if self.architecture == "PhiForCausalLM":
+        if self.head_bias:
             tensors[f"{HEAD}.bias"] = torch.zeros(form.shape["vocab_size"], dtype=torch.float64)
         return tensors
 
@@ -72,6 +78,7 @@ PHI = OneNorm(
     op="layernorm",
     norm_bias=True,
     parallel=True,
+    head_bias=True,
     mlp="plain",
     partial_rotary=True,
     biases={"": (*QKVO, "up", "down")},
