@@ -71,3 +71,10 @@ def elements(parameter: Any) -> int:
     """Return the size of a parameter, also of one that ZeRO-3 has emptied."""
     size: int = getattr(parameter, "ds_numel", parameter.numel())
     return size
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory was refused: on a GPU, on the CPU, or to a new thread."""
+    refused = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    words = ("can't allocate memory", "can't start new thread")
+    return refused or any(word in str(error) for word in words)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from ..environment import is_out_of_memory
 from ..errors import DataError
 from .manifest import (
     FileEntry,
@@ -71,6 +72,8 @@ class Prepared:
         except DataError:
             raise
         except Exception as error:  # of many kinds, from transformers, the parser, the file system
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
             raise DataError(f"{self.path}: its tokenizer cannot be loaded: {reason:.160}") from None
 

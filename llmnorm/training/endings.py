@@ -15,9 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-import torch
-
 from llmnorm.config.problems import one_line
+from llmnorm.environment import is_out_of_memory
 from llmnorm.errors import EnvironmentProblem, LlmNormError
 from llmnorm.training.directory import RunDirectory
 from llmnorm.training.ranks import Ranks
@@ -120,9 +119,3 @@ class Ending:
         told = kind(f"{where}: {one_line(what)[:160]}; its trace is in {self.trace_file}")
         told.__cause__ = error
         return told
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory was refused, on a GPU or on the CPU."""
-    refused = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return refused or "can't allocate memory" in str(error)

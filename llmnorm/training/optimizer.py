@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmnorm.environment import is_out_of_memory
 from llmnorm.errors import ConfigError, LlmNormError
 from llmnorm.modeling.parametrization import Factors, Parametrization
 from llmnorm.modeling.weights import WeightSpec
-from llmnorm.training.endings import is_out_of_memory
 from llmnorm.training.muon import MuonWithAdamW
 
 logger = logging.getLogger(__name__)
