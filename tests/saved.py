@@ -55,8 +55,10 @@ def save_run(path: Path, placement: str = "lns", norm: str = "rmsnorm", **option
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [{"step": step, "tokens": 512 * step, "train/loss": 5.0} for step in (1, 1200)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = {"path": "data/stories", "fingerprint": "f" * 64, "weight": 1.0, "epochs": 2.0}
+    folder["train_tokens"] = 307200
     environment = {
-        "data": {"path": "data/stories", "fingerprint": "f" * 64, "train_tokens": 614400},
+        "data": {"fingerprint": "f" * 64, "folders": [folder]},
         "versions": {"llmnorm": "0.1.0", "torch": "2.13.0"},
         "precision": {"name": "fp32"},
         "git_commit": "c0ffee",

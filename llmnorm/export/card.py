@@ -21,15 +21,17 @@ from llmnorm.modeling.operations import operation, read_choice
 from llmnorm.placements import parse_placement
 
 _OWN_CODE = LlmNormForCausalLM.__name__
+_NAMES = ("name", "op", "layout", "treatment", "policy", "kind")  # of a choice among its options
 _LOAD = """\
-```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}"{trust})
+"""
+_GENERATE = """\
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```"""
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def model_card(loaded: Loaded, exported: Exported) -> str:
     run = open_run(loaded.source.run) if loaded.source.run else None
     config: Any = loaded.model.config
     sections = {
-        "Use": _use(exported),
+        "Use": _use(exported, tokenizer=loaded.tokenizer is not None),
         "Scheme": _scheme(config),
         "Export": _export(exported),
         "Training": "" if run is None else _training(run),
@@ -107,14 +109,12 @@ def _summary(loaded: Loaded, exported: Exported) -> str:
     )
 
 
-def _use(exported: Exported) -> str:
+def _use(exported: Exported, *, tokenizer: bool) -> str:
     own = exported.architecture == _OWN_CODE
-    code = _LOAD.format(place=exported.place, trust=", trust_remote_code=True" if own else "")
-    return (
-        f"{code}\n\nThe folder brings the model's code; read it before you trust it."
-        if own
-        else code
-    )
+    code = _LOAD + _GENERATE if tokenizer else _LOAD.replace(", AutoTokenizer", "")
+    code = code.format(place=exported.place, trust=", trust_remote_code=True" if own else "")
+    warning = "\n\nThe folder brings the model's code; read it before you trust it."
+    return f"```python\n{code}```{warning if own else ''}"
 
 
 def _scheme(config: LlmNormConfig) -> str:
@@ -123,12 +123,11 @@ def _scheme(config: LlmNormConfig) -> str:
     for axis, given in (("placement", placement), ("norm", norm)):
         if given:
             part = type(parse_placement(given)) if axis == "placement" else operation(given)
-            about = (inspect.getdoc(part) or "").splitlines()[0]
-            rows.append((axis, f"`{_options(getattr(config, axis))}`", about))
+            rows.append((axis, f"`{_options(getattr(config, axis))}`", _about(part)))
     for axis in ("qk_norm", "embedding", "init", "weights", "parametrization"):
         rows.append((axis, f"`{_options(getattr(config, axis))}`", ""))
     rows.append(("shape", f"{config.num_hidden_layers} layers of width {config.hidden_size}", ""))
-    return _table(("", "", "what it is"), rows)
+    return _table(("axis", "choice", "what it is"), rows)
 
 
 def _export(exported: Exported) -> str:
@@ -155,18 +154,26 @@ def _training(run: Run) -> str:
         ("commit", facts.get("git_commit")),
         *((name, facts.get("versions", {}).get(name)) for name in ("llmnorm", "torch")),
     ]
-    return _table(("", ""), [(name, value) for name, value in rows if value is not None])
+    return _table(
+        ("setting", "value"), [(name, value) for name, value in rows if value is not None]
+    )
 
 
 def _data(run: Run) -> str:
-    facts, rows = run.environment.get("data", {}), []
-    for name in ("fingerprint", "train_tokens", "train_documents", "vocab_size"):
-        if (value := facts.get(name)) is not None:
-            rows.append((name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value))
-    path = facts.get("path") or run.config["data"].get("path")
-    if isinstance(path, str):
-        rows.insert(0, ("name", Path(path).name))
-    return _table(("", ""), rows) if rows else ""
+    rows = []
+    for folder in run.environment.get("data", {}).get("folders", []):
+        share, epochs = folder.get("weight"), folder.get("epochs")
+        rows.append(
+            (
+                Path(str(folder.get("path"))).name,
+                "" if share is None else f"{100 * share:.4g} %",
+                f"{folder.get('train_tokens', 0):,}",
+                "" if epochs is None else f"{epochs:.2f}",
+                f"`{folder.get('fingerprint')}`",
+            )
+        )
+    head = ("prepared folder", "share", "its tokens", "epochs", "fingerprint (SHA-256)")
+    return _table(head, rows) if rows else ""
 
 
 def _scores(run: Run) -> str:
@@ -182,14 +189,25 @@ def _scores(run: Run) -> str:
         chance = "" if score.chance is None else f"chance {score.chance:.4f}"
         rows.append((f"{task}, {score.metric}", f"{score.score:.4f} {error}".strip(), chance))
     note = "Measured on the model before export."
-    return f"{_table(('', 'score', ''), rows)}\n\n{note}" if rows else ""
+    return f"{_table(('on', 'score', ''), rows)}\n\n{note}" if rows else ""
+
+
+def _about(part: type) -> str:
+    """The first sentence of a docstring."""
+    paragraph = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
+    sentence, stop, _ = paragraph.partition(". ")
+    return sentence + ("." if stop else "")
 
 
 def _options(value: Any) -> str:
     """A choice and its options on one line."""
     if not isinstance(value, Mapping):
         return str(value)
-    return ", ".join(f"{key} {_options(item)}" for key, item in value.items())
+    words = [
+        _options(item) if key in _NAMES else f"{key} {_options(item)}"
+        for key, item in value.items()
+    ]
+    return ", ".join(words)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

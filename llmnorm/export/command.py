@@ -155,6 +155,7 @@ def export(
             ids,
             trust_remote_code=plan.fit is None,
             text_source=where,
+            form=plan.form,
         )
         exported = Exported(
             architecture=plan.architecture,
