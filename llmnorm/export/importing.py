@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from llmnorm.build import build_config
 from llmnorm.errors import ConfigError, ParityError
-from llmnorm.evaluation.loading import Loaded, load
+from llmnorm.evaluation.loading import Loaded, find, load
 from llmnorm.evaluation.screening import screen_config
 from llmnorm.export.certificate import certify
 from llmnorm.export.form import HEAD, Tensors
@@ -97,6 +97,7 @@ def import_model(
     with making(out) as hidden:
         stock = load(location, dtype="fp64", trust_remote_code=trust_remote_code)
         model, notes = translate(stock.model, host, location)
+        notes += _settle_generation(stock.model)
         write_model(hidden, model, stock, saved_in)
         ids, where = sample(stock, model.config)
         del stock
@@ -209,6 +210,7 @@ def describe(config: LlmNormConfig) -> str:
 
 def _open_config(location: str, trust_remote_code: bool) -> tuple[Path, PreTrainedConfig]:
     """The folder and the config of a model, looked at before it is trusted."""
+    location = find(location).location
     try:
         folder = screen_config(location)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
@@ -246,6 +248,22 @@ def _token_ids(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
             notes.append(f"{name} {value} is outside the vocabulary and left out")
         kept[name] = inside if isinstance(value, list) and inside else next(iter(inside), None)
     return kept, notes
+
+
+def _settle_generation(model: Any) -> list[str]:
+    """Leave out generation settings that contradict themselves, which transformers would not save.
+
+    Ids of special tokens stay; the note says what was wrong.
+    """
+    usual = model.generation_config
+    try:
+        usual.validate(strict=True)
+    except ValueError as error:
+        lines = [line.strip("- ") for line in str(error).splitlines() if line.startswith("-")]
+        ids = {name: getattr(usual, name) for name in _TOKEN_IDS}
+        model.generation_config = GenerationConfig(**ids)
+        return [f"generation_config.json is left out, it contradicts itself: {' '.join(lines[:1])}"]
+    return []
 
 
 def _biases(tensors: Tensors) -> dict[str, bool]:
