@@ -1,7 +1,8 @@
 """A save that overlaps training writes what was, not what is; a save that fails leaves nothing."""
 
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,6 +15,7 @@ from llmnorm.errors import CheckpointError
 from llmnorm.training import saving
 from llmnorm.training.checkpoint import Checkpoints
 from llmnorm.training.manifest import verify
+from llmnorm.training.pieces import Piece
 from llmnorm.training.saving import MOST_FAILED_SAVES, Saver
 
 from .saved import checkpoints_in, pieces_of, save
@@ -64,6 +66,33 @@ def test_training_goes_on_while_a_copy_is_written(checkpoints: Checkpoints, disk
     verify(folder)
     written = load_file(folder / "model-00000-of-00001.safetensors")["w"]
     assert torch.equal(written, torch.full((4, 3), 5.0))
+
+
+@pytest.mark.fast
+def test_a_copy_takes_the_memory_of_the_one_before_and_leaves_none_at_the_end(
+    checkpoints: Checkpoints, disk: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.set()
+    saver, copied = Saver(checkpoints, keep=2, overlap=True), []
+    real = saving.write_pieces
+
+    def write_pieces(path: Path, pieces: Iterable[Piece]) -> object:
+        pieces = list(pieces)
+        copied.extend(piece.tensor for piece in pieces if piece.key == "w")
+        return real(path, pieces)
+
+    monkeypatch.setattr(saving, "write_pieces", write_pieces)
+    for step in (1, 2):
+        saver.save(step, pieces_of(step), {"step": step})
+        saver.wait()
+    first, second = (weakref.ref(tensor) for tensor in copied)
+    assert first() is second()
+    copied.clear()
+    saver.save(3, pieces_of(3), {"step": 3}, last=True)
+    assert first() is None
+    for step in (2, 3):
+        written = load_file(checkpoints.root / f"step_{step:08d}/model-00000-of-00001.safetensors")
+        assert torch.equal(written["w"], torch.full((4, 3), float(step)))
 
 
 @pytest.mark.fast
