@@ -98,7 +98,7 @@ def _nearest(host: Host, obstacles: list[str]) -> str:
 
 def _refusal(form: Form, host: Host, obstacles: list[str]) -> str:
     why = f"{host.architecture} {'; it '.join(obstacles)}."
-    text = f"--target {host.name}: {why}{_advice(form, host)}"
+    text = f"--target {host.name}: {why}\n{_advice(form, host).lstrip()}"
     if others := holding(form):
         return f"{text} These hold the model as it is: {', '.join(others)}."
     near, in_the_way = nearest(form)
