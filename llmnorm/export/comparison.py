@@ -55,7 +55,7 @@ class Claim:
     @property
     def layerwise(self) -> bool:
         """Whether the folder's layers give what ours give, so that one can be blamed."""
-        return self.fit is None or getattr(self.fit.host, "layerwise", True)
+        return self.fit is None or self.fit.host.layerwise
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ class Ours:
         return found or self._first(theirs, self.near)
 
     def _first(self, got: Tensors, rounded: Tensors) -> str | None:
-        for name, wanted in self.twin.items():
-            if name.startswith(STATE):
-                own = _distance(rounded[name], wanted)
-                if not _distance(got[name], wanted) <= max(EXACT, SLACK * own):
-                    return name.removeprefix(STATE)
-        own = _distance(rounded["logits"], self.twin["logits"])
-        right = _distance(got["logits"], self.twin["logits"]) <= max(EXACT, SLACK * own)
-        return None if right else "head"
+        def strays(name: str) -> bool:
+            own = _distance(rounded[name], self.twin[name])
+            return not _distance(got[name], self.twin[name]) <= max(EXACT, SLACK * own)
+
+        if not strays("logits"):  # states may differ by a factor that the head takes back
+            return None
+        states = (name for name in self.twin if name.startswith(STATE) and strays(name))
+        return next(states, "head").removeprefix(STATE)
 
 
 def _rounded(model: LlmNormForCausalLM, dtype: torch.dtype, compute: torch.dtype) -> nn.Module:

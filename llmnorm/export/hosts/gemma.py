@@ -65,8 +65,8 @@ class Gemma(Host):
                 tensors[name] = (1 + tensors[name]) * scalar - 1
             elif ".q_proj." in name and ("attn", "q") not in self.norms:
                 tensors[name] = tensors[name] * scalar
-        table: Any = model.get_input_embeddings()
-        scale = table.embed_scale.to(model.dtype).double().reshape(1)
+        # Unrounded, as the class has it in float64; cast with the weights, it is rounded as theirs.
+        scale = torch.tensor([config.hidden_size**0.5], dtype=torch.float64)
         return {**tensors, f"{_SCALE}.weight": scale}
 
 
@@ -90,8 +90,8 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 def _rounded_root(hidden: int, dtype: torch.dtype) -> float:
-    """sqrt(hidden) as the classes round it, to float32 and then to the weights' dtype."""
-    return float(torch.tensor(hidden**0.5, dtype=torch.float32).to(dtype))
+    """sqrt(hidden) as a class that is loaded in the weights' dtype rounds it."""
+    return float(torch.tensor(hidden**0.5, dtype=dtype))
 
 
 GEMMA2 = Gemma(
