@@ -77,6 +77,8 @@ def run_main(fn: Callable[[list[str]], int | None]) -> NoReturn:
     Under a launcher rank 0 speaks first; another rank speaks only if that did not end it.
     """
     words = [word for word in sys.argv[1:] if word != "--debug"]
+    for closed in (name for name in ("stdout", "stderr") if getattr(sys, name) is None):
+        setattr(sys, closed, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
     _set_up_logging()
     try:
         code = fn(words) or 0

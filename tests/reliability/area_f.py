@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,10 +204,8 @@ def _closed() -> None:
     os.close(0)
 
 
-def _nowhere() -> None:
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    os.rmdir(folder)
+def _mute() -> None:
+    os.close(1)
 
 
 WITHOUT_SHM = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k,ro x /dev/shm && "$@"', "x"]
@@ -222,7 +219,7 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
     "standard input closed": {"before": _closed},
     "no folder for temporary files": {"env": {"TMPDIR": "/nonexistent"}},
     "one core": {"before": _one_core},
-    "working folder gone": {"before": _nowhere},
+    "standard output closed": {"before": _mute},
     "dumb terminal": {"env": {"TERM": "dumb", "COLUMNS": "1", "NO_COLOR": "1"}},
     "no environment": {"env": {"PATH": "", "LANG": ""}},
 }
