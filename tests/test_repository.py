@@ -236,7 +236,9 @@ def test_constraints_pin_every_direct_dependency_to_what_is_installed():
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["dev"]]
     wanted += [
-        line for name in ("deepspeed", "eval", "tensorboard", "zstd") for line in extras[name]
+        line
+        for name in ("deepspeed", "eval", "gguf", "sft", "tensorboard", "zstd")
+        for line in extras[name]
     ]
     names = {re.split(r"[<>=!~ ;\[]", line)[0] for line in wanted} - {"llmnorm"}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
