@@ -82,7 +82,7 @@ def test_the_commands_of_the_readme_run_and_then_its_python(folder):
         for line in block.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
     ]
-    assert len(commands) == 7  # the five, and two that list schemes
+    assert len(commands) == 8  # the five, the export, and two that list schemes
     for command in commands:
         run_in(folder, "bash", "-c", f"{command} {TINY}" if "pretrain.py" in command else command)
     assert len(blocks("python test")) == 2
