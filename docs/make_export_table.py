@@ -37,10 +37,11 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _INTRODUCTION = """\
-Measured in float64 on models of 4 layers of width 32 with random gains: `error` is the class against
-the model that it came from, `eps` what the class's one eps for all norms changes, both the largest
-difference of logits by their standard deviation, rounded up to a power of ten; `exact` is below
-1e-11. The random gates of gpas shrink the stream, and so raise its eps, far more than trained ones.
+Measured in float64 on models of 4 layers of width 32 with random gains: `error` is the class
+against the model that it came from, `eps` what the class's one eps for all norms changes, both the
+largest difference of logits by their standard deviation, rounded up to a power of ten; `exact` is
+below 1e-11. The random gates of gpas shrink the stream, and so raise its eps, far more than trained
+ones.
 """
 _ROUNDING = 1e-11  # relative, of float64 over a few layers
 _PER_HEAD, _FULL = {"qk_norm": "per_head"}, {"qk_norm": "full_width"}
@@ -92,8 +93,8 @@ def tables(*, measure: bool = True) -> str:
     known = list(rows())
     held = [row.cells(measure=measure) for row in known if row.fit is not None]
     unheld = [row.cells(measure=measure) for row in known if row.fit is None]
-    text = [_INTRODUCTION, *_table(_HELD, held), "", "These leave with their own code (`custom`):", ""]
-    return "\n".join([*text, *_table(_UNHELD, unheld)])
+    between = ["", "These leave with their own code (`custom`):", ""]
+    return "\n".join([_INTRODUCTION, *_table(_HELD, held), *between, *_table(_UNHELD, unheld)])
 
 
 def _table(headings: Sequence[str], lines: list[list[str]]) -> list[str]:
