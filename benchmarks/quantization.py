@@ -60,7 +60,7 @@ def main() -> None:
     most = max(rows, key=lambda row: abs(row["difference"]))
     headline = (
         f"int8 weights move the loss of {len(rows)} schemes by at most "
-        f"{abs(most['difference']):.4f} nats ({most['scheme']}, of {most['loss_float32']:.3f})"
+        f"{abs(most['difference']):.5f} nats ({most['scheme']}, of {most['loss_float32']:.3f})"
     )
     figures = {"documents": args.documents, "torchao": versions("torchao")["torchao"], "runs": rows}
     path = write_result("quantization", headline, figures)
