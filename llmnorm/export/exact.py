@@ -1,4 +1,4 @@
-"""Conversions that change no output: LayerNorm to RMSNorm, and that to CRMSNorm.
+"""Conversions that change no output: LayerNorm to RMSNorm, that to CRMSNorm, and folded removals.
 
 A LayerNorm is an RMSNorm of what has zero mean. In a Pre-LN model whatever writes to the stream can
 be made to write zero means, so its LayerNorms subtract nothing and become RMSNorms. A stream of
@@ -24,6 +24,7 @@ from llmnorm.evaluation.loading import load
 from llmnorm.export.canonical import eps_of, is_norm, norm
 from llmnorm.export.certificate import certify
 from llmnorm.export.command import ours, saved_dtype
+from llmnorm.export.conversion.removal import fold_removed
 from llmnorm.export.folds import centre_stream, fold_biases, fold_gains, tables
 from llmnorm.export.form import HEAD, Form, Held, Sublayer
 from llmnorm.export.importing import describe, sample
@@ -91,6 +92,7 @@ def rmsnorm_to_crmsnorm(form: Form) -> Form:
 EXACT_CONVERSIONS: dict[str, Callable[[Form], Form]] = {
     "rmsnorm": layernorm_to_rmsnorm,
     "crmsnorm": rmsnorm_to_crmsnorm,
+    "none": fold_removed,
 }
 
 
@@ -131,8 +133,9 @@ def convert(args: argparse.Namespace) -> int:
         f"before rounding the logits differ by {far:.1e} of their standard deviation",
         *parity["summary"],
         f"wrote {args.out}",
-        "equal as it is; trained on, the two differ, as the stream gets a mean again",
     ]
+    if args.to != "none":
+        lines.append("equal as it is; trained on, the two differ, as the stream gets a mean again")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

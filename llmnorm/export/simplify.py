@@ -7,6 +7,7 @@ import torch
 
 from llmnorm.export.canonical import canonical, eps_of, gain, is_norm, norm
 from llmnorm.export.form import HEAD, Form, Held, Sublayer, tables
+from llmnorm.export.removed import fold_removed_norms
 
 _ONE_STREAM = ("residual", "lerp", "bhyt")
 
@@ -21,6 +22,7 @@ def simplify(form: Form, *, embedding: bool = True) -> Form:
         embedding: whether its treatment goes into the table; some hosts want to see it.
     """
     form = form.copy()
+    fold_removed_norms(form)
     write_plainly(form)
     if embedding:
         bake_embedding(form)

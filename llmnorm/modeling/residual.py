@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .fixed_std import FixedStd  # noqa: F401 (enters the table)
 from .gains import Constant  # noqa: F401 (enters the gains in the table)
 from .ngpt import NGPTGain  # noqa: F401 (enters the gains of nGPT in the table)
 from .norms import RMSNorm  # noqa: F401 (enters the norms in the table)

@@ -18,6 +18,7 @@ from llmnorm.data.batches import samples_in
 from llmnorm.environment import parameter_counts
 from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
+from llmnorm.modeling.fixed_std import FixedStd
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
 from llmnorm.modeling.norms import TaperNorm
 from llmnorm.modeling.travel import foreign_sources
@@ -161,15 +162,22 @@ def _describe_folders(config: RunConfig, data: Mixture, plan: Plan) -> list[dict
 
 
 def _warn_if_short(plan: Plan, model: PreTrainedModel) -> None:
-    """Log one warning if the run ends before the gates of tapernorm are closed."""
-    opened = [m for m in model.modules() if isinstance(m, TaperNorm) and m.gate.item() > 0]
-    needed = max((m.warmup_steps + m.taper_steps for m in opened), default=0)
-    if plan.steps < needed:
-        logger.warning(
-            "tapernorm folds after warmup_steps + taper_steps = %d steps, this run has %d: the "
-            "finished model still normalizes; set both in model.norm",
-            *(needed, plan.steps),
-        )
+    """Log one warning if the run ends before norms that fade or are removed are gone."""
+    tapers = [m for m in model.modules() if isinstance(m, TaperNorm) and m.gate.item() > 0]
+    fixed = [m for m in model.modules() if isinstance(m, FixedStd)]
+    for what, needed in (
+        ("tapernorm folds after warmup_steps + taper_steps", [_folds_at(m) for m in tapers]),
+        ("the last norm is removed after uniform_step", [m.uniform_step for m in fixed]),
+    ):
+        if plan.steps < max(needed, default=0):
+            logger.warning(
+                "%s = %d steps, this run has %d: the finished model still normalizes",
+                *(what, max(needed), plan.steps),
+            )
+
+
+def _folds_at(module: TaperNorm) -> int:
+    return module.warmup_steps + module.taper_steps
 
 
 def check_same_inputs(facts: dict[str, Any], config: RunConfig, data: Mixture) -> dict[str, Any]:

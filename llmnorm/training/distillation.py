@@ -65,7 +65,6 @@ class Distillation(Objective):
         check_vocabularies(teacher.config, model.config)
         self._held = (teacher.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.weight, self.temperature = weight, temperature
-        self._parts: list[Tensor] = []
 
     @property
     def teacher(self) -> LlmNormForCausalLM:
@@ -81,9 +80,9 @@ class Distillation(Objective):
         hidden = hidden_states(self.model, input_ids, position_ids)
         flat = targets.flatten()
         parts = self.over_chunks(flat, hidden, taught)
-        self._parts.append(parts.detach())
         mixed = (1 - self.weight) * parts[0] + self.weight * self.temperature**2 * parts[1]
-        return mixed, (flat != IGNORED).sum()
+        named = {"train/cross_entropy": parts[0], "train/divergence": parts[1]}
+        return self.complete(mixed, named), (flat != IGNORED).sum()
 
     def chunk_loss(self, *tokens: Tensor) -> Tensor:
         """Return (2,) float64: the summed cross-entropy and the summed divergence."""
@@ -99,15 +98,6 @@ class Distillation(Objective):
     def trunks(self) -> list[nn.Module]:
         """As in `Objective`, and the teacher's."""
         return [*super().trunks(), self.teacher.base_model]
-
-    def take_parts(self, forwards: int) -> dict[str, float]:
-        """Return the sums of cross-entropy and divergence (without T^2); forget them.
-
-        Earlier forwards are left out: an engine may pass a batch through to settle itself.
-        """
-        sums = torch.stack(self._parts[-forwards:]).sum(0).tolist()
-        self._parts.clear()
-        return {"train/cross_entropy": sums[0], "train/divergence": sums[1]}
 
 
 def check_vocabularies(teacher: LlmNormConfig, model: LlmNormConfig) -> None:

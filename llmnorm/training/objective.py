@@ -6,6 +6,8 @@ own forward. The mean over the *global* batch is taken by the loop: sums are exa
 into ranks and micro-batches, means of means are not.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ class Objective(nn.Module):
     in float64. When tokens x vocabulary exceed `logits_per_chunk`, the head runs on chunks of
     tokens whose logits are recomputed in backward, so they are never all in memory.
 
+    A module of the model with a `penalty` leaves its `penalty_sum` over the tokens of a forward,
+    which is added (FixedStd).
+
     Shape: `input_ids`, `targets` and `position_ids` are (batch, seq).
 
     Args:
@@ -41,6 +46,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.chunk = max(1, logits_per_chunk // model.config.vocab_size)  # tokens
+        self.penalized: list[Any] = [m for m in model.modules() if getattr(m, "penalty", 0)]
+        self._parts: list[dict[str, Tensor]] = []  # one mapping a forward
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
@@ -48,7 +55,19 @@ class Objective(nn.Module):
         """Return (loss_sum, count): float64 and int64 scalars."""
         hidden = hidden_states(self.model, input_ids, position_ids)
         flat = targets.flatten()  # (tokens,)
-        return self.over_chunks(flat, hidden), (flat != IGNORED).sum()
+        return self.complete(self.over_chunks(flat, hidden), {}), (flat != IGNORED).sum()
+
+    def complete(self, loss_sum: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """Add what modules of the model ask for in training; remember what the sum is made of."""
+        penalties = [m.penalty_sum for m in self.penalized if m.penalty_sum is not None]
+        for module in self.penalized:
+            module.penalty_sum = None
+        if penalties:
+            parts = {**parts, "train/penalty": torch.stack(penalties).sum(dtype=torch.float64)}
+            loss_sum = loss_sum + parts["train/penalty"]
+        if parts:
+            self._parts.append({name: part.detach() for name, part in parts.items()})
+        return loss_sum
 
     def over_chunks(self, targets: Tensor, *hidden: Tensor) -> Tensor:
         """Return the sum of `chunk_loss` over chunks of (tokens,) and of each (tokens, hidden)."""
@@ -70,8 +89,13 @@ class Objective(nn.Module):
         return [self.model.base_model]
 
     def take_parts(self, forwards: int) -> dict[str, float]:
-        """Return what the loss of this rank's last so many forwards is made of, as sums by name."""
-        return {}
+        """Return what the loss of this rank's last so many forwards is made of, as sums by name.
+
+        Earlier ones are forgotten: an engine may pass a batch through to settle itself.
+        """
+        last = self._parts[-forwards:]
+        self._parts = []
+        return {name: sum(part[name].item() for part in last) for name in (last or [{}])[0]}
 
     def means(self, forwards: int, count: float, ranks: Ranks) -> dict[str, float]:
         """Return what a step's loss is made of, as means over the global batch (a collective).

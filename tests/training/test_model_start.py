@@ -19,9 +19,8 @@ from llmnorm.errors import CheckpointError, ConfigError
 from llmnorm.evaluation.runs import open_run
 from llmnorm.training.loop import train
 
-from .conftest import Killed, metrics, numbers, stop_after, tiny_words
+from .conftest import Killed, metrics, numbers, stop_after
 
-PRETRAIN = Path(__file__).resolve().parents[2] / "train" / "pretrain.py"
 SHAPE = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
@@ -97,17 +96,6 @@ def test_wiring_by_hand_is_continued_and_named(tiny: Tiny, data: Prepared, tmp_p
     assert load_run_config(run.output.dir / "config.yaml") == run
     stored = LlmNormConfig.from_pretrained(run.output.dir / "final")
     assert stored.residuals == config.residuals
-
-
-def test_two_processes_start_from_the_same_weights_as_one(
-    tiny: Tiny, model: Path, data: Prepared, tmp_path: Path, run_ranks: Callable[..., list[str]]
-) -> None:
-    changes = started(model, training__max_steps=2)
-    train(tiny("one", **changes))
-    run_ranks(PRETRAIN, *tiny_words(data.path, tmp_path / "two", **changes))
-    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
-    for left, right in zip(one, two, strict=True):
-        assert right["train/loss"] == pytest.approx(left["train/loss"], rel=5e-7)
 
 
 def test_a_continued_run_refuses_other_weights_but_needs_none(

@@ -25,6 +25,7 @@ from llmnorm.evaluation.loading import Loaded, load
 from llmnorm.evaluation.measure import measure_perplexity
 from llmnorm.evaluation.quiet import quiet
 from llmnorm.export.conversion.fit import Fitted, fit_sites
+from llmnorm.export.conversion.removal import OP, with_removals
 from llmnorm.export.conversion.rewire import changed_sites, rewired, with_weights_of
 from llmnorm.export.making import making
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
@@ -58,7 +59,7 @@ def convert(args: argparse.Namespace) -> int:
     loaded = load(args.source, dtype="fp32", device=_device())
     conversion = convert_loaded(
         loaded,
-        norm_of(args.to, args.steps),
+        norm_of(args.to, args.steps, args.penalty),
         args.data,
         args.out,
         tokens=args.tokens,
@@ -76,21 +77,30 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def norm_of(op: str, steps: int | None) -> dict[str, Any]:
-    """Return the norm that a target means.
+def norm_of(op: str, steps: int | None, penalty: float) -> dict[str, Any]:
+    """Return the norm that a target means; for fixed_std, what its sites are made from.
 
     Raises:
         ConfigError: if it moves with the steps of the training that follows, and these are unknown.
     """
-    if op != "tapernorm":
+    if op not in ("tapernorm", OP):
         return {"op": op}
     if steps is None:
         raise ConfigError(f"--to {op} moves by the steps of training; say how many with --steps N")
+    if op == OP:
+        return {"op": op, "steps": steps, "penalty": penalty}
     return {
         "op": op,
         "warmup_steps": max(1, round(_WARMUP * steps)),
         "taper_steps": max(1, round(_TAPER * steps)),
     }
+
+
+def new_config(config: LlmNormConfig, norm: Mapping[str, Any]) -> LlmNormConfig:
+    """Return the config with the norm of `norm_of`."""
+    if norm["op"] == OP:
+        return with_removals(config, norm["steps"], norm["penalty"])
+    return rewired(config, norm)
 
 
 def convert_loaded(
@@ -106,7 +116,7 @@ def convert_loaded(
 
     Args:
         loaded: the model as trained, with its tokenizer.
-        norm: `{"op": name, **options}`.
+        norm: what `norm_of` returned.
         data: prepared folder; fitted on its train split, measured on its val split.
         out: new folder, for `model.start`.
         tokens: to fit on.
@@ -121,7 +131,7 @@ def convert_loaded(
         raise ConfigError(
             f"{loaded.source.name} is a {type(model).__name__}; llmnorm import makes it ours first"
         )
-    config = rewired(model.config, norm)
+    config = new_config(model.config, norm)
     sites = changed_sites(model.config, config)
     check_kind(model.config, sites, norm)
     before = _loss(loaded, data, max_documents)
@@ -151,7 +161,7 @@ def check_kind(config: LlmNormConfig, sites: list[str], norm: Mapping[str, Any])
     Raises:
         ConfigError: naming the first.
     """
-    if getattr(operation(norm["op"]), "pointwise", False):
+    if norm["op"] == OP or getattr(operation(norm["op"]), "pointwise", False):
         return
     held = {name: spec.op for name, spec, _ in promised_slots(config) if spec is not None}
     for site in sites:

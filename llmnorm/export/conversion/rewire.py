@@ -3,7 +3,7 @@
 Everything but the norm stays: shape, placement, embedding, how matrices are held.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,19 @@ NORMS = ("rmsnorm", "layernorm")
 _RESOLVED = ("residuals", "final_norm", "logits", "streams", "wiring", "norm", "placement")
 
 
+def _shape(config: LlmNormConfig) -> dict[str, Any]:
+    """Everything of a config that is no wiring."""
+    shape = {
+        name: getattr(config, name)
+        for name in LlmNormConfig.__annotations__
+        if name not in _RESOLVED and name != "model_type"
+    }
+    embedding = config.embedding_spec()
+    if embedding.norm is not None:
+        shape["embedding"] = {"treatment": "norm", "norm": embedding.norm.to_dict()}
+    return shape
+
+
 def rewired(config: LlmNormConfig, norm: Mapping[str, Any]) -> LlmNormConfig:
     """Return the config with another norm: by its placement's rule, or in the slots themselves.
 
@@ -36,50 +49,68 @@ def rewired(config: LlmNormConfig, norm: Mapping[str, Any]) -> LlmNormConfig:
     Raises:
         ConfigError: if the norm or the placement does not allow it.
     """
-    shape = {
-        name: getattr(config, name)
-        for name in LlmNormConfig.__annotations__
-        if name not in _RESOLVED and name != "model_type"
-    }
-    embedding = config.embedding_spec()
-    if embedding.norm is not None:
-        shape["embedding"] = {"treatment": "norm", "norm": embedding.norm.to_dict()}
     if config.placement is not None:
         with without_warnings():  # of starts, which are fitted here
-            return build_config(shape, norm=norm, placement=config.placement)
-    return _in_slots(LlmNormConfig(**{**shape, **_wiring(config)}), NormSpec.parse(norm))
+            return build_config(_shape(config), norm=norm, placement=config.placement)
+    asked, hidden = NormSpec.parse(norm), config.hidden_size
+
+    def instead(site: str, held: NormSpec) -> NormSpec:
+        found = asked.at(kind_of(site), hidden)
+        scale = held.options.get("scale", 1.0)
+        return found if scale == 1.0 else found.scaled(scale)
+
+    return with_slots(config, instead)
 
 
-def _wiring(config: LlmNormConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _RESOLVED if name != "wiring"}
+def with_slots(
+    config: LlmNormConfig, instead: Callable[[str, NormSpec], NormSpec]
+) -> LlmNormConfig:
+    """Return the config, as a wiring made by hand, with each norm that can be replaced replaced.
 
+    Args:
+        config: of the model that is converted.
+        instead: gives what stands in place of a norm, from its module's name and what it holds.
+    """
 
-def _in_slots(config: LlmNormConfig, norm: NormSpec) -> LlmNormConfig:
-    """Replace the norms of a wiring made by hand, whose seal is made anew."""
-    hidden = config.hidden_size
+    def layer(index: int, kind: str, spec: ResidualSpec) -> dict[str, Any]:
+        slots = {}
+        for slot, held in spec.slots().items():
+            if held.op in NORMS and slot in (*RESIDUAL_SLOTS, "inner"):
+                site = f"model.layers.{index}.{_owner(kind, slot)}.{slot}"
+                slots[slot] = replace(instead(site, held), shared=held.shared)
+        return spec.having(**slots).to_dict()
 
-    def instead(spec: NormSpec, kind: str) -> NormSpec:
-        found = norm.at(kind, hidden)
-        scale = spec.options.get("scale", 1.0)
-        return replace(found if scale == 1.0 else found.scaled(scale), shared=spec.shared)
-
-    def sublayer(spec: ResidualSpec, kind: str) -> ResidualSpec:
-        slots = {
-            slot: instead(held, kind)
-            for slot, held in spec.slots().items()
-            if held.op in NORMS and slot in (*RESIDUAL_SLOTS, "inner")
-        }
-        return spec.having(**slots)
-
-    config.residuals = [
-        {"attn": sublayer(attn, "attn").to_dict(), "mlp": sublayer(mlp, "mlp").to_dict()}
-        for attn, mlp in config.residual_specs()
-    ]
-    final = config.final_norm_spec()
+    final, logits, streams = config.final_norm_spec(), config.logits_spec(), config.streams_spec()
     if final is not None and final.op in NORMS:
-        config.final_norm = instead(final, "final").to_dict()
-    config.wiring = config.seal()
-    return config
+        final = instead("model.norm", final)
+    return LlmNormConfig(
+        **{
+            **_shape(config),
+            "qk_norm": "none",
+            "norm": None,
+            "placement": None,
+            "residuals": [
+                {"attn": layer(i, "attn", attn), "mlp": layer(i, "mlp", mlp)}
+                for i, (attn, mlp) in enumerate(config.residual_specs())
+            ],
+            "final_norm": None if final is None else final.to_dict(),
+            "logits": None if logits is None else logits.to_dict(),
+            "streams": None if streams is None else streams.to_dict(),
+        }
+    )
+
+
+def _owner(kind: str, slot: str) -> str:
+    if slot == "inner":
+        return "self_attn" if kind == "attn" else "mlp"
+    return f"{kind}_residual"
+
+
+def kind_of(site: str) -> str:
+    """Return the kind of site that a module's name tells: attn, mlp or final."""
+    if ".layers." not in site:
+        return "final"
+    return "mlp" if ".mlp_residual." in site or ".mlp." in site else "attn"
 
 
 def changed_sites(before: LlmNormConfig, after: LlmNormConfig) -> list[str]:
