@@ -4,7 +4,7 @@ A stock class of transformers is written where one holds the model exactly, else
 its own code. The folder is loaded again in a process without llmnorm and must give the same logits,
 loss and generated tokens; if it does not, it is kept as DIR.failed and the exit code is 1.
 
-Weights are rewritten in float64 and cast once, so this takes 16 to 24 bytes of memory a parameter.
+Weights are rewritten in float64 and cast once: this takes up to 24 bytes of memory a parameter.
 """
 
 import argparse
@@ -59,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", default="auto", metavar="CLASS", help=f"one of {targets}; default auto")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto: as saved")
-    add("--shard-size", type=_size, default="5GB", help="most bytes of a file; default 5GB")
+    add(
+        "--shard-size",
+        type=_size,
+        metavar="SIZE",
+        default="5GB",
+        help="most bytes of a file; default 5GB",
+    )
     add("--text", type=Path, metavar="FILE", help="to compare on; default: Python's manual")
     add("--tokenizer", metavar="FOLDER_OR_NAME", help="for models that come without a tokenizer")
     add(

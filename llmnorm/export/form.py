@@ -131,13 +131,14 @@ class Form:
 
     @classmethod
     def of(cls, model: LlmNormForCausalLM) -> "Form":
-        """Read a model. Matrices under weight normalization are taken as they act."""
+        """Read a model. Matrices under weight normalization are taken as they act.
+
+        The tensors of a float64 model are shared with it: folds replace, and change nothing.
+        """
         config: LlmNormConfig = model.config
         shape = {k: v for k, v in config.to_dict().items() if k not in _WIRED}
         tied = bool(config.tie_word_embeddings)
-        tensors = {
-            name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()
-        }
+        tensors = {name: held.detach().double() for name, held in model.state_dict().items()}
         for name, module in model.named_modules():
             if isinstance(module, WeightNormLinear | UnitRowLinear):
                 tied = tied and not isinstance(module, UnitRowLinear)
