@@ -33,7 +33,7 @@ _COMMANDS = {
     "eval": ("llmnorm.evaluation.command", "score a model: perplexity, lm-eval tasks"),
     "generate": ("llmnorm.evaluation.commands.generate", "continue a text with a model"),
     "compare": ("llmnorm.evaluation.commands.compare", "compare runs: table, picture"),
-    "import": ("llmnorm.export.importing", "make a model of transformers one of ours"),
+    "import": ("llmnorm.export.importing", "turn a stock model into one of llmnorm"),
     "convert": ("llmnorm.export.convert", "give a model another norm"),
     "export": ("llmnorm.export.command", "turn a model into a stock class, exactly"),
     "list": ("llmnorm.listing", "show the schemes, norms, placements or presets there are"),

@@ -1,9 +1,10 @@
-"""Turn a model of a stock class into one of ours, and prove that it computes the same.
+"""Turn a stock model of transformers into an llmnorm model, and prove that it computes the same.
 
-Which classes can come in, and what they are in our words, is the hosts' to say
-(`hosts/base.py`: `scheme` and `read`). Memory: 16 to 24 bytes a parameter, since the proof is in
-float64.
+It gets the name of its scheme, so that evaluation, comparison, conversion and training work on it.
+Takes 16 to 24 bytes of memory a parameter, since the proof is in float64.
 """
+
+# Which classes can come in, and as what scheme, `scheme` and `read` say (`hosts/base.py`).
 
 import argparse
 import sys
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="precision to save in (auto: as it is)",
+        help="of the weights; auto: as saved",
     )
     parser.add_argument(
         "--trust-remote-code",
