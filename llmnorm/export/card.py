@@ -112,7 +112,7 @@ def _summary(loaded: Loaded, exported: Exported) -> str:
 def _use(exported: Exported, *, tokenizer: bool) -> str:
     own = exported.architecture == _OWN_CODE
     code = _LOAD + _GENERATE if tokenizer else _LOAD.replace(", AutoTokenizer", "")
-    code = code.format(place=exported.place, trust=", trust_remote_code=True" if own else "")
+    code = code.format(place=exported.place, trust=f", trust_remote_code={own}" if own else "")
     warning = "\n\nThe folder brings the model's code; read it before you trust it."
     return f"```python\n{code}```{warning if own else ''}"
 

@@ -148,11 +148,7 @@ def export(
         )
         saved_in = DTYPES.get(dtype) or saved_dtype(model, trust_remote_code)
         plan = plan_for(Form.of(source), target, pointwise=pointwise)
-        with quiet():
-            if plan.fit is None:
-                write_custom(folder, plan.form, loaded, saved_in, shard_size)
-            else:
-                write_folder(folder, plan.fit, loaded, saved_in, shard_size)
+        _write(folder, plan, loaded, saved_in, shard_size)
         parity = certify(
             folder,
             source,
@@ -173,14 +169,21 @@ def export(
         )
         card = model_card(loaded, exported)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        lines = [f"{plan.architecture}: {plan.why}"]
-        lines += plan.form.notes
-        lines += parity["summary"]
+        lines = [f"{plan.architecture}: {plan.why}", *plan.form.notes, *parity["summary"]]
         if not parity["passed"]:
             _keep_failed(folder, out, lines)
         files, size = size_of(folder)
     weights = "model.safetensors" if files == 1 else f"{files} files of weights"
     return [*lines, f"written to {out}: {weights}, {size:,} bytes, {_name(saved_in)}"]
+
+
+def _write(folder: Path, plan: Plan, loaded: Loaded, dtype: torch.dtype, shard_size: str) -> None:
+    """Write weights, config and tokenizer as the plan says."""
+    with quiet():
+        if plan.fit is None:
+            write_custom(folder, plan.form, loaded, dtype, shard_size)
+        else:
+            write_folder(folder, plan.fit, loaded, dtype, shard_size)
 
 
 def check_target(target: str, *, pointwise: bool) -> None:
