@@ -130,7 +130,7 @@ def convert(args: argparse.Namespace) -> int:
     lines = [
         f"{describe(original.config)} is now {describe(model.config)}",
         *form.notes,
-        f"before rounding the logits differ by {far:.1e} of their standard deviation",
+        f"converted in float64, the logits differ by {far:.1e} of their standard deviation",
         *parity["summary"],
         f"wrote {args.out}",
     ]

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, MixtralConfig
 
 from llmnorm import LlmNormForCausalLM
 from llmnorm.cli import run_command
+from llmnorm.config.start import read_start
 from llmnorm.errors import CheckpointError, ConfigError, LlmNormError, ParityError
 from llmnorm.evaluation.loading import load
 from llmnorm.evaluation.perplexity import score_documents
@@ -87,6 +88,7 @@ def test_every_readable_class_comes_in_under_a_schemes_name_and_leaves_as_it_was
     model = load(str(out)).model
     assert isinstance(model, LlmNormForCausalLM)
     assert model.config.placement["name"] == _name(host.placement)
+    assert read_start(out).norm["op"] == host.op  # as `model.start` reads it
     back = fit(Form.of(model), host.name)
     assert back is not None
     written = host.write(back.form, torch.float32)
