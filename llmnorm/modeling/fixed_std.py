@@ -68,16 +68,9 @@ class FixedStd(AffineNorm):
         penalty: float = 0.0,
         scale: float = 1.0,
     ) -> None:
-        check_norm(
-            "fixed_std",
-            dim,
-            eps=eps,
-            remove_step=remove_step,
-            uniform_step=uniform_step,
-            momentum=momentum,
-            scale=scale,
-        )
-        for name, step in (("remove_step", remove_step), ("uniform_step", uniform_step)):
+        above_zero = {"remove_step": remove_step, "uniform_step": uniform_step}
+        check_norm("fixed_std", dim, eps=eps, momentum=momentum, scale=scale, **above_zero)
+        for name, step in above_zero.items():
             if step != int(step):
                 raise ValueError(f"fixed_std.{name} is {step!r}; expected a whole number")
         if uniform_step < remove_step:
