@@ -136,8 +136,8 @@ def main() -> None:
     gaps = {op: found["gap"]["cross_entropy"] for op, found in arms.items()}
     headline = (
         f"against training on with its norms, a model of {PARAMETERS} loses "
-        f"{gaps['fixed_std']:.3f} of {before:.2f} nats when they are removed, {gaps['dyt']:.3f} when "
-        f"they become DyT, {gaps['derf']:.3f} Derf, {gaps['tapernorm']:.3f} TaperNorm"
+        f"{gaps['fixed_std']:.3f} of {before:.2f} nats when they are removed, {gaps['dyt']:.3f} "
+        f"when they become DyT, {gaps['derf']:.3f} Derf, {gaps['tapernorm']:.3f} TaperNorm"
     )
     tokens = {
         name: part["training.max_steps"] * part["training.global_batch_size"] * SEQ_LEN
