@@ -11,6 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from llmnorm import build_config, build_model
 from llmnorm.data.tokenizer import train_tokenizer
+from llmnorm.evaluation.loading import load
+from llmnorm.export import Form
+from llmnorm.export.fitting import fit
+from llmnorm.export.writing import write_folder
 
 # Norms alone, norms after branches, no statistic at all, learned gains on branches.
 SCHEMES = [
@@ -79,6 +83,18 @@ def make_folder(tmp_path_factory, tokenizer) -> Callable[..., Path]:
 def folders(make_folder) -> dict[tuple[str, str], Path]:
     """A folder for each of SCHEMES."""
     return {pair: make_folder(*pair) for pair in SCHEMES}
+
+
+@pytest.fixture(scope="session")
+def as_llama(tmp_path_factory) -> Callable[[Path], Path]:
+    """Fold a folder of ours into a stock Llama's."""
+
+    def export(folder: Path) -> Path:
+        loaded, out = load(str(folder), dtype="fp64"), tmp_path_factory.mktemp("llama")
+        write_folder(out, fit(Form.of(loaded.model), "llama"), loaded, torch.float32, "5GB")
+        return out
+
+    return export
 
 
 @pytest.fixture(params=SCHEMES, ids=lambda pair: "-".join(reversed(pair)))

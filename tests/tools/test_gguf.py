@@ -1,4 +1,4 @@
-"""A Pre-LN model as a GGUF file: written by `gguf`, read back by transformers with equal logits."""
+"""A folded model as a GGUF file: written by `gguf`, read back by transformers with equal logits."""
 
 from pathlib import Path
 
@@ -6,43 +6,14 @@ import gguf
 import pytest
 import torch
 from tools.write_gguf import write_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-RENAMED = {
-    "attn_residual.pre": "input_layernorm",
-    "mlp_residual.pre": "post_attention_layernorm",
-}
-
-
-def as_llama(name: str) -> str:
-    for ours, theirs in RENAMED.items():
-        name = name.replace(ours, theirs)
-    return name
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def llama_folder(request, make_folder, tokenizer, tmp_path) -> tuple[Path, Path]:
+def llama_folder(request, make_folder, as_llama) -> tuple[Path, Path]:
     """A folder of ours and the stock Llama folder it folds into."""
-    ours = make_folder(tie_word_embeddings=request.param)
-    model = AutoModelForCausalLM.from_pretrained(ours)
-    config = model.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                name: getattr(config, name)
-                for name in (
-                    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-                    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-                    *("bos_token_id", "eos_token_id", "tie_word_embeddings"),
-                )
-            },
-            rms_norm_eps=config.norm.get("eps", 1e-6),
-        )
-    )
-    llama.load_state_dict({as_llama(k): v for k, v in model.state_dict().items()})
-    llama.save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    return ours, tmp_path / "llama"
+    ours = make_folder(placement="lns", tie_word_embeddings=request.param)
+    return ours, as_llama(ours)
 
 
 @torch.no_grad()

@@ -96,11 +96,11 @@ def test_lm_evals_own_loading_gives_the_same_scores(folders, task_folder):
         assert ours[task][metric] == pytest.approx(theirs[task][f"{metric},none"], rel=1e-6)
 
 
-def test_a_folder_saved_again_scores_the_same(folders, task_folder, tmp_path):
+def test_a_folded_export_scores_the_same(folders, as_llama, task_folder):
     folder = folders["rmsnorm", "layerscale"]
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    assert_equal_scores(folder, tmp_path, task_folder)
+    exported = as_llama(folder)
+    assert type(AutoModelForCausalLM.from_pretrained(exported)).__name__ == "LlamaForCausalLM"
+    assert_equal_scores(folder, exported, task_folder)
 
 
 def test_the_comparison_can_fail(folders, task_folder):
