@@ -25,6 +25,7 @@ from llmnorm.config.document import MAX_BYTES, read_document
 from llmnorm.errors import CheckpointError, ConfigError, DataError
 from llmnorm.evaluation.quiet import quiet
 from llmnorm.evaluation.screening import screen_config, screen_weights
+from llmnorm.resources import suggest
 
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -93,7 +94,7 @@ def find(model: str) -> Source:
 
     Raises:
         CheckpointError: a run that has not finished.
-        ConfigError: a folder that is neither a run nor a model.
+        ConfigError: a folder that is neither a run nor a model, or is not there.
     """
     if not model or set(model) & set("\0\r\n"):
         raise ConfigError(f"{model!r:.80} names no model; expected a folder or a hub name")
@@ -115,6 +116,9 @@ def find(model: str) -> Source:
             f"{model} {state}; expected a run folder (config.yaml and final/),"
             " a Hugging Face folder (config.json) or a hub name"
         )
+    if model.count("/") == 1 and any(is_run(beside) for beside in folder.parent.glob("*")):
+        near = suggest(folder.name, [beside.name for beside in folder.parent.glob("*")])
+        raise ConfigError(f"{model} does not exist, though {folder.parent} has other runs{near}")
     return Source(model, None)
 
 

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="custom: put gain and bias of dyt, derf into the next linear layers",
     )
     add("--license", metavar="ID", help="for the model card, such as apache-2.0")
-    add("--push", metavar="REPO", help="then upload to this repository of the Hugging Face hub")
+    add("--push", metavar="USER/NAME", help="then upload to this repository of the hub")
     add("--private", action="store_true", help="make a new repository private")
     add(
         "--trust-remote-code",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, prove, and upload if asked; say what was done."""
     if args.private and args.push is None:
-        raise ConfigError("--private is for --push REPO")
+        raise ConfigError("--private is for --push USER/NAME")
     if args.push is not None:
         check_push(args.push)
     lines = export(
@@ -222,8 +222,8 @@ def plan_for(form: Form, target: str, *, pointwise: bool = False) -> Plan:
         served = f" (served by {host.served})" if host.served else ""
         why = "the first class that holds this model" if target == "auto" else "as asked"
         return Plan(found.form, found, f"{why}{served}")
-    why = explain(form) if target == "auto" else "as asked"
-    return Plan(serving_form(form, pointwise=pointwise), None, f"own code. {why}")
+    why = f"own code. {explain(form)}" if target == "auto" else "own code, as asked"
+    return Plan(serving_form(form, pointwise=pointwise), None, why)
 
 
 def saved_dtype(model: str, trust_remote_code: bool) -> torch.dtype:

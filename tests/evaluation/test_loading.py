@@ -43,6 +43,17 @@ def test_a_folder_that_is_not_there_is_never_looked_up_on_the_hub(name):
         find(name)
 
 
+def test_a_misspelt_run_beside_others_is_never_looked_up_on_the_hub(
+    make_run, tmp_path, monkeypatch
+):
+    (tmp_path / "runs").mkdir()
+    make_run("run").rename(tmp_path / "runs" / "mix_ln")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="runs has other runs; did you mean mix_ln"):
+        find("runs/mixln")
+    assert find("someone/mixln").location == "someone/mixln"  # a name on the hub
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="neither a run nor a model"):
         find(str(tmp_path))

@@ -145,7 +145,7 @@ def test_the_source_and_its_text_reach_the_certificate(run, unproven, tmp_path):
         (["--shard-size", "big"], ConfigError, "expected such as 5GB or 500MB"),
         (["--shard-size", "0GB"], ConfigError, "expected such as 5GB or 500MB"),
         (["--target", "llama", "--fold-pointwise"], ConfigError, "is for --target custom"),
-        (["--private"], ConfigError, "--private is for --push REPO"),
+        (["--private"], ConfigError, "--private is for --push USER/NAME"),
         (["--push", "a/b/c"], ConfigError, "--push a/b/c: expected USER/NAME"),
         (["--text", "no.txt"], DataError, "no.txt"),
         (["--target", "olmo2"], ConfigError, "Olmo2ForCausalLM"),
