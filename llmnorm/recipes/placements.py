@@ -112,7 +112,7 @@ PLACEMENT_RECIPES = {
         holder="LlamaForCausalLM: the gates fold into output projections and gains' signs",
     ),
     "keel": Recipe(
-        formula="y = N(alpha x + F(N'(x))), alpha = 2L sublayers; layer 1 lighter",
+        formula="y = N'(alpha x + F(N(x))), alpha = 2L sublayers; layer 1 lighter",
         training="bears high rates: 9e-3 (64 sublayers) to 4.5e-3 (1024), 2500 warm-up steps",
         failure="trails Pre-LN early; not for little data or wide, shallow models, its authors say",
         holder="none in general; with scalar outer gains MiniMaxForCausalLM but for layer 1",
