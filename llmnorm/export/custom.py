@@ -79,7 +79,7 @@ def _tensors(form: Form, model: LlmNormForCausalLM) -> Tensors:
         if name not in form.tensors
     }
     assert all(name.endswith(".bias") for name in zeros), sorted(zeros)
-    return {name: form.tensors.get(name, zeros.get(name)) for name in wanted}  # type: ignore[misc]
+    return {name: zeros[name] if name in zeros else form.tensors[name] for name in wanted}
 
 
 def _write_embedding_plainly(form: Form) -> None:

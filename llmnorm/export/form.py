@@ -1,6 +1,7 @@
 """A model as data: config fields and float64 tensors, which folds rewrite."""
 
 import copy
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,6 +23,31 @@ POSITIONS = "model.embed_positions"
 _WIRED = ("norm", "placement", "qk_norm", "residuals", "final_norm", "logits", "streams", "wiring")
 _INSIDE = {"inner", *ATTENTION_SLOTS, *MLP_SLOTS}  # slots of the branch, not of its joint
 _NORMED = ("q", "k", "v")  # slots whose module is called q_norm
+
+
+class ByModule(UserDict[str, torch.Tensor]):
+    """Tensors by name, which finds those of a module at once: deep models are asked often."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._modules: dict[str, Tensors] = {}
+        super().__init__(tensors)
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        super().__setitem__(name, tensor)
+        module, _, part = name.rpartition(".")
+        self._modules.setdefault(module, {})[part] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        module, _, part = name.rpartition(".")
+        del self._modules[module][part]
+
+    def __copy__(self) -> "ByModule":
+        return ByModule(self.data)
+
+    def parts(self, module: str) -> Tensors:
+        """The tensors of a module, by their names in it."""
+        return dict(self._modules.get(module, {}))
 
 
 @dataclass(frozen=True)
@@ -126,7 +152,7 @@ class Form:
     final: NormSpec | None
     logits: NormSpec | None
     streams: StreamsSpec | None
-    tensors: Tensors
+    tensors: ByModule
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -151,7 +177,7 @@ class Form:
             final=config.final_norm_spec(),
             logits=config.logits_spec(),
             streams=config.streams_spec(),
-            tensors=tensors,
+            tensors=ByModule(tensors),
         )
         form.shape["parametrization"] = "standard"  # its factors are in the slots
         embedding = config.embedding_spec().norm  # resolved, as `norm` will be gone
@@ -163,7 +189,9 @@ class Form:
         """An independent copy; tensors are shared, since folds replace and never change them."""
         layers = [dict(layer) for layer in self.layers]
         shape, notes = copy.deepcopy(self.shape), list(self.notes)
-        return replace(self, shape=shape, layers=layers, tensors=dict(self.tensors), notes=notes)
+        return replace(
+            self, shape=shape, layers=layers, tensors=copy.copy(self.tensors), notes=notes
+        )
 
     @property
     def hidden(self) -> int:
@@ -188,7 +216,7 @@ class Form:
 
     def parts(self, name: str) -> Tensors:
         """The tensors of a module, by their names in it."""
-        return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(f"{name}.")}
+        return self.tensors.parts(name)
 
     def drop(self, name: str) -> None:
         """Forget a module's tensors."""
@@ -273,19 +301,35 @@ class Form:
         Raises:
             RuntimeError: if the tensors are not those of the config's model.
         """
-        model = LlmNormForCausalLM(config or self.to_config()).double().eval()
-        model.load_state_dict(self.complete(model.state_dict()))
-        return model
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return filled(config or self.to_config(), tensors)
 
-    def complete(self, wanted: Mapping[str, torch.Tensor]) -> Tensors:
-        """The tensors of a whole model: biases of 0 and the tied head are written out."""
-        found = dict(self.tensors)
-        if self.tied:
-            found[f"{HEAD}.weight"] = self.weight(HEAD)
-        for name, tensor in wanted.items():
-            if name not in found and name.endswith("_proj.bias"):
-                found[name] = torch.zeros_like(tensor, dtype=torch.float64)
-        return found
+
+def filled(config: LlmNormConfig, tensors: Mapping[str, torch.Tensor]) -> LlmNormForCausalLM:
+    """A float64 model in eval mode that has these tensors; see `complete` for what may be missing.
+
+    Raises:
+        RuntimeError: if they are not those of the config's model.
+    """
+    with torch.device("meta"):
+        model = LlmNormForCausalLM(config).double()
+    whole = complete(tensors, model.state_dict(), tied=config.tie_word_embeddings)
+    model.load_state_dict(whole, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def complete(
+    tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], *, tied: bool
+) -> Tensors:
+    """The tensors of a whole model: biases of 0 and the tied head are written out."""
+    found = dict(tensors)
+    if tied:
+        found[f"{HEAD}.weight"] = found[f"{EMBEDDING}.weight"]
+    for name, tensor in wanted.items():
+        if name.endswith("_proj.bias"):
+            found.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64))
+    return found
 
 
 def tables(form: Form) -> list[str]:

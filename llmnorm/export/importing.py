@@ -1,6 +1,6 @@
 """Turn a stock model of transformers into an llmnorm model, and prove that it computes the same.
 
-It gets the name of its scheme, so that evaluation, comparison, conversion and training work on it.
+It gets the name of its scheme, so that evaluation, conversion and training work on it.
 Takes 16 to 24 bytes of memory a parameter, since the proof is in float64.
 """
 
@@ -8,7 +8,6 @@ Takes 16 to 24 bytes of memory a parameter, since the proof is in float64.
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llmnorm.errors import ConfigError, ParityError
 from llmnorm.evaluation.loading import Loaded, find, load
 from llmnorm.evaluation.screening import screen_config
 from llmnorm.export.certificate import certify
-from llmnorm.export.form import HEAD, Tensors
+from llmnorm.export.form import Tensors, filled
 from llmnorm.export.hosts import HOSTS, Host
 from llmnorm.export.making import making, write_model
 from llmnorm.export.real_text import real_text
@@ -167,25 +166,6 @@ def translate(
     ids, notes = _token_ids(config)
     ours = build_config({**_fields(config), **ids, **_biases(tensors)}, **host.scheme(config))
     return filled(ours, tensors), notes
-
-
-def filled(config: LlmNormConfig, tensors: Mapping[str, torch.Tensor]) -> LlmNormForCausalLM:
-    """A float64 model in eval mode with these tensors; biases of 0 may be left out.
-
-    Raises:
-        RuntimeError: if they are not those of the config's model.
-    """
-    with torch.device("meta"):
-        model = LlmNormForCausalLM(config).double()
-    tensors = dict(tensors)
-    for name, wanted in model.state_dict().items():
-        if name.endswith("_proj.bias"):
-            tensors.setdefault(name, torch.zeros(wanted.shape, dtype=torch.float64))
-    if config.tie_word_embeddings:
-        tensors[f"{HEAD}.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    return model.eval()
 
 
 def sample(loaded: Loaded, config: LlmNormConfig) -> tuple[torch.Tensor, str]:

@@ -218,7 +218,7 @@ class Host:
     def read(self, model: PreTrainedModel) -> Tensors:
         """The tensors of llmnorm by its names, in float64, of a model of the class.
 
-        Biases of 0 that llmnorm has and the class has not are left out (`Form.complete`).
+        Biases of 0 that llmnorm has and the class has not are left out (`form.complete`).
         """
         config: Any = model.config
         state = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
