@@ -50,15 +50,9 @@ def norm(
 
 def is_norm(held: Held | None) -> bool:
     """Whether it is an rmsnorm or a layernorm written plainly."""
-    return (
-        held is not None
-        and held.op in ("rmsnorm", "layernorm")
-        and held.spec.options.keys()
-        <= {
-            "eps",
-            "bias",
-        }
-    )
+    if held is None or held.op not in ("rmsnorm", "layernorm"):
+        return False
+    return held.spec.options.keys() <= {"eps", "bias"}
 
 
 def eps_of(held: Held) -> float:

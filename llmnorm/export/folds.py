@@ -53,17 +53,22 @@ def fold_gains(form: Form) -> None:
 
     For hosts whose norms have no parameters. Biases must have been folded.
     """
+    fold_branch_norm_gains(form)
+    final = form.get_final()
+    if is_norm(final) and final is not None and "bias" not in final.tensors:
+        form.untie("the final norm's gain is in the head")
+        form.scale_columns(HEAD, final.tensors["weight"])
+        form.put_final(_without_gain(final))
+
+
+def fold_branch_norm_gains(form: Form) -> None:
+    """Move the gains of the norms before branches into the linear layers that read them."""
     for sub in form.sublayers():
         pre = sub.get("pre")
         if is_norm(pre) and pre is not None:
             for linear in sub.readers:
                 form.scale_columns(linear, pre.tensors["weight"])
             sub.put("pre", _without_gain(pre))
-    final = form.get_final()
-    if is_norm(final) and final is not None and "bias" not in final.tensors:
-        form.untie("the final norm's gain is in the head")
-        form.scale_columns(HEAD, final.tensors["weight"])
-        form.put_final(_without_gain(final))
 
 
 def fold_pointwise(form: Form) -> None:

@@ -121,7 +121,7 @@ def move_before_rotation(sub: Sublayer) -> None:
         if sub.form.shape["position"] == "rope" and not torch.equal(first, second):
             continue
         if held.op == "gain":
-            moved = _times(before, weight, form=sub.form, sub=sub, slot=slot)
+            moved = _times(before, weight, sub=sub, slot=slot)
         elif is_norm(held) and held.op == "rmsnorm" and before is None:
             moved = norm("rmsnorm", eps_of(held), weight, held.tensors.get("bias"), per_head=True)
         else:
@@ -131,13 +131,11 @@ def move_before_rotation(sub: Sublayer) -> None:
         sub.put(f"{slot}_rotated", None)
 
 
-def _times(
-    before: Held | None, weight: torch.Tensor, *, form: Form, sub: Sublayer, slot: str
-) -> Held | None:
+def _times(before: Held | None, weight: torch.Tensor, *, sub: Sublayer, slot: str) -> Held | None:
     """What stands before RoPE, multiplied by a gain over a head; without it, into the matrix."""
     if before is None:
-        rows = form.weight(sub.linear(slot)).shape[0]
-        form.scale_rows(sub.linear(slot), weight.repeat(rows // len(weight)))
+        rows = sub.form.weight(sub.linear(slot)).shape[0]
+        sub.form.scale_rows(sub.linear(slot), weight.repeat(rows // len(weight)))
         return None
     tensors = {k: v * weight.repeat(len(v) // len(weight)) for k, v in before.tensors.items()}
     return Held(before.spec, tensors)
@@ -205,8 +203,8 @@ def _number(sub: Sublayer, slot: str) -> float:
 
 def _reading(held: Held | None, factor: float) -> Held:
     """The norm that makes of the written stream what `held` made of `factor` times it."""
-    if held is None or factor == 1:
-        assert held is not None
+    assert held is not None
+    if factor == 1:
         return held
     if not is_norm(held):
         raise _Stuck

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmnorm.export.canonical import eps_of, is_norm, norm
-from llmnorm.export.folds import fold_biases
+from llmnorm.export.folds import fold_biases, fold_branch_norm_gains
 from llmnorm.export.form import HEAD, Form, Sublayer, Tensors
 from llmnorm.export.hosts.base import QKVO, Host, Layout, Place
 from llmnorm.export.hosts.layernorm import GPT_NEOX, STABLELM
@@ -30,7 +29,7 @@ class OneNorm(Host):
         super().prepare(form)
         if any(not _same(form, i) for i in range(len(form.layers))):
             fold_biases(form)
-            _fold_pre_gains(form)
+            fold_branch_norm_gains(form)
 
     def write(self, form: Form, dtype: torch.dtype) -> Tensors:
         """As in the base, with the head's bias."""
@@ -46,15 +45,6 @@ def _same(form: Form, index: int) -> bool:
     if attn is None or mlp is None or attn.tensors.keys() != mlp.tensors.keys():
         return attn is mlp
     return all(torch.equal(attn.tensors[part], mlp.tensors[part]) for part in attn.tensors)
-
-
-def _fold_pre_gains(form: Form) -> None:
-    for sub in form.sublayers():
-        pre = sub.get("pre")
-        if pre is not None and is_norm(pre):
-            for linear in sub.readers:
-                form.scale_columns(linear, pre.tensors["weight"])
-            sub.put("pre", norm(pre.op, eps_of(pre), torch.ones_like(pre.tensors["weight"])))
 
 
 COHERE = OneNorm(
