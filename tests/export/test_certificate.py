@@ -15,7 +15,7 @@ from schemes import tokens
 from wiring import model_of
 
 from llmnorm.errors import EnvironmentProblem, ParityError
-from llmnorm.export import Form, stranger
+from llmnorm.export import Form, certificate, stranger
 from llmnorm.export.certificate import certify, compare, uncast
 from llmnorm.export.comparison import EXACT, FLOOR, Claim, Ours
 from llmnorm.export.fitting import Fit, fit
@@ -129,11 +129,13 @@ def seen(claim: Claim, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Se
     claims |= _others(root, claim)
     with ExitStack() as stack:
         asked: dict[Path, list[torch.dtype]] = {}
-        places = {}
+        places, twins = {}, {}  # folders of one form and config have one twin
         for name, one in claims.items():
-            twin = stack.enter_context(uncast(root / name, one))
-            asked |= {root / name: kinds(one.dtype), **twin}
-            places[name] = (root / name, *twin)
+            same = id(one.form), (root / name / CONFIG).read_text()
+            if same not in twins:
+                twins[same] = stack.enter_context(uncast(root / name, one))
+            asked |= {root / name: kinds(one.dtype), **twins[same]}
+            places[name] = (root / name, *twins[same])
         found = dict(zip(asked, visit(asked, TEXT, trust_remote_code=bool(asked)), strict=True))
     return {
         name: Seen(claims[name], found[own], found[twin[0]] if twin else None)
@@ -278,7 +280,9 @@ def test_generation_may_differ_only_where_the_source_is_undecided(other, uncache
     assert about_generation(ours.judge_generation(theirs, limit=FLOOR)) == said
 
 
-def test_certify_writes_what_was_found_beside_the_weights(claim, tmp_path):
+def test_certify_writes_what_was_found_beside_the_weights(claim, seen, tmp_path, monkeypatch):
+    found = [seen["good"].found, seen["good"].exact]
+    monkeypatch.setattr(certificate, "visit", lambda folders, *_, **__: found[: len(folders)])
     folder = write(tmp_path / "out", claim.fit, torch.float32)
     (folder / "parity.json").write_text("of other weights")
     before = claim.source.state_dict()["model.norm.weight"].clone()
