@@ -160,6 +160,19 @@ def test_an_operation_is_written_as_what_it_is(op, options, plain):
     torch.testing.assert_close(got.module(8)(x), module.eval()(x), rtol=1e-7, atol=1e-12)
 
 
+def test_a_copy_of_a_form_keeps_its_tensors_when_the_other_changes(moved):
+    form = Form.of(moved("pre_ln"))
+    name = Sublayer(form, 0, "attn").module_name("pre")
+    kept, weight = form.copy(), form.tensors[f"{name}.weight"]
+    Sublayer(form, 0, "attn").put("pre", None)
+    assert form.parts(name) == {}
+    assert f"{name}.weight" not in form.tensors
+    assert list(kept.parts(name)) == ["weight"]
+    kept.tensors[f"{name}.weight"] = weight * 2
+    assert torch.equal(kept.parts(name)["weight"], weight * 2)
+    assert form.parts(name) == {}
+
+
 def test_a_tapered_norm_is_a_gain(moved):
     form = Form.of(moved("pre_ln", norm="tapernorm"))
     sub = Sublayer(form, 0, "attn")
