@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
@@ -66,6 +67,30 @@ def test_training_goes_on_while_a_copy_is_written(checkpoints: Checkpoints, disk
     verify(folder)
     written = load_file(folder / "model-00000-of-00001.safetensors")["w"]
     assert torch.equal(written, torch.full((4, 3), 5.0))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("last", [False, True])
+def test_a_slow_write_holds_no_value_of_a_later_step(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    real = saving.write_pieces
+
+    def slowly(path: Path, pieces: Iterable[Piece]) -> Any:
+        sleep(0.02)  # weights change and the next save begins meanwhile
+        return real(path, pieces)
+
+    monkeypatch.setattr(saving, "write_pieces", slowly)
+    saver, weights = Saver(checkpoints, keep=9, overlap=True), pieces_of(1)
+    for step in (1, 2, 3):
+        weights[0].tensor.fill_(step)
+        saver.save(step, weights, {"step": step}, last=last and step == 3)
+        weights[0].tensor.fill_(-1.0)  # the step after
+    saver.wait()
+    for step, folder in zip((3, 2, 1), checkpoints.folders(), strict=True):
+        verify(folder)
+        written = load_file(folder / "model-00000-of-00001.safetensors")["w"]
+        assert torch.equal(written, torch.full((4, 3), float(step)))
 
 
 @pytest.mark.fast
