@@ -113,6 +113,16 @@ def test_every_class_is_in_a_row():
     assert {name for name, *_ in ROWS} == set(HOSTS)
 
 
+def test_a_width_that_the_heads_do_not_divide_goes_where_a_config_allows_it(moved, logits):
+    odd = {"hidden_size": 48, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 4}
+    model = moved("pre_ln", depth=1, **odd)
+    found = fit(Form.of(model), "auto")
+    assert found.host.name == "mistral"  # Llama's config refuses it
+    assert far(logits(hosted(found)), logits(model)) < CLASS
+    with pytest.raises(ConfigError, match="wants a hidden_size that its 10 heads divide"):
+        fit(Form.of(model), "llama")
+
+
 # Which classes hold a placement with its usual norm; none: custom code.
 HOLD = ["llama", "qwen2", "mistral", "granite"]
 PERI = ["glm4", "gemma2"]

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
+
 from llmnorm.export.canonical import is_norm
 from llmnorm.export.form import Form, Held, Kind, Sublayer
 from llmnorm.export.hosts.one_eps import embedding_norm
@@ -99,10 +101,21 @@ def _about_shape(host: "Host", form: Form) -> Iterator[str]:
         yield f"has position {host.position!r}, the model {shape['position']!r}"
     if linears := host.unheld_biases(form):
         yield f"has no biases in {_listed([f'{name}_proj' for name in linears])}"
-    square = shape["hidden_size"] // shape["num_attention_heads"]
-    if not host.has("head_dim") and shape["head_dim"] != square:
-        theirs = f"hidden_size / num_attention_heads = {square}"
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    if not host.has("head_dim") and shape["head_dim"] * heads != hidden:
+        theirs = f"hidden_size / num_attention_heads = {hidden / heads:g}"
         yield f"has heads of {theirs} features, the model of {shape['head_dim']}"
+    elif hidden % heads and _wants_whole_heads(host, hidden, heads):
+        yield f"wants a hidden_size that its {heads} heads divide, the model has {hidden}"
+
+
+def _wants_whole_heads(host: "Host", hidden: int, heads: int) -> bool:
+    """Whether the class's config refuses such a width, though it could say `head_dim`."""
+    try:
+        host.config_class(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=heads)
+    except StrictDataclassError:
+        return True
+    return False
 
 
 def _named(places: list[Place]) -> str:
