@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -190,7 +191,7 @@ def _check_config(source: Source, trust_remote_code: bool) -> Path:
     try:
         folder = screen_config(source.location)
         AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         hint = " (pass --trust-remote-code to run it)" if "trust_remote_code" in str(error) else ""
         raise ConfigError(
             f"{source.location} cannot be opened as a model: {_reason(error)}{hint}"
@@ -284,4 +285,6 @@ def _has_tokenizer(location: str) -> bool:
 def _reason(error: Exception) -> str:
     """The error's first line, and what helps where a norm of the user's own is not registered."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, StrictDataclassError):  # its first line names the field, the next says why
+        line = " ".join(str(error).split())
     return f"{line}; import the module that registers it first" if "unknown norm" in line else line

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from llmnorm.build import build_config
@@ -196,6 +197,9 @@ def _open_config(location: str, trust_remote_code: bool) -> tuple[Path, PreTrain
     try:
         folder = screen_config(location)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:  # a setting of the wrong kind
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{location} cannot be opened as a model: {reason}") from error
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{location} cannot be opened as a model: {reason}") from error

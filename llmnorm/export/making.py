@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +26,11 @@ def making(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which becomes `out` when the block ends well.
 
     Raises:
-        ConfigError: `out` exists and is not an empty folder.
+        ConfigError: `out` exists and is not an empty folder, or is no name.
         EnvironmentProblem: the disk refuses.
     """
+    if out.name in ("", ".."):
+        raise ConfigError(f"--out {out} is a place, not a name; name a new folder in it")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already; name a new folder")
     hidden = out.with_name(f".{out.name}.writing")
@@ -64,13 +66,28 @@ def write_model(
         ConfigError: a value does not fit in `dtype`.
         EnvironmentProblem: there is no room.
     """
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors[f"{HEAD}.weight"]
+    write_with_code(folder, model, tensors, source, dtype, _SHARD_SIZE)
+
+
+def write_with_code(
+    folder: Path,
+    model: LlmNormForCausalLM,
+    tensors: Mapping[str, torch.Tensor],
+    source: Loaded,
+    dtype: torch.dtype,
+    shard_size: str,
+) -> None:
+    """Write tensors as the weights of a model, which may be on `meta`, with the code that runs it.
+
+    Arguments and errors as `write_folder`.
+    """
     config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
-    tensors = model.state_dict()
-    if config.tie_word_embeddings:
-        del tensors[f"{HEAD}.weight"]
     sources = foreign_sources(model)
-    write_weights(folder, tensors, dtype, _SHARD_SIZE)
+    write_weights(folder, tensors, dtype, shard_size)
     with quiet():
         for part in (model, model.model):  # AutoModelForCausalLM, AutoModel
             custom_object_save(part, folder, config=config)  # type: ignore[arg-type]

@@ -213,6 +213,11 @@ BAD = {
         "is a MixtralForCausalLM; classes that can come in: LlamaForCausalLM, Qwen3ForCausalLM",
     ),
     "unknown type": (lambda f: _edited(f, model_type="new"), ConfigError, "cannot be opened"),
+    "number as text": (
+        lambda f: _edited(f, num_attention_heads="four"),
+        ConfigError,
+        "'num_attention_heads': TypeError: .* expected int, got str",
+    ),
     "scaled RoPE": (
         lambda f: _edited(f, rope_parameters=SCALED),
         ConfigError,
@@ -254,6 +259,15 @@ def test_a_model_of_llmnorm_needs_no_import(tmp_path):
     ours = save(tmp_path / "ours", "pre_ln")
     with pytest.raises(ConfigError, match="a model of llmnorm already"):
         bring(ours, "--out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_place_is_no_name_of_a_folder(out, llama, tmp_path, monkeypatch):
+    (inside := tmp_path / "inside").mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(ConfigError, match="is a place, not a name"):
+        bring(llama, "--out", out)
+    assert list(tmp_path.iterdir()) == [inside]
 
 
 def test_a_folder_that_is_there_is_not_touched(llama, tmp_path):
