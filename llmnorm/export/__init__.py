@@ -9,9 +9,8 @@ Read in this order; each group uses those before it.
 3. A host (`hosts/`) is a class of transformers: the wiring that it has, and the names of its
    tensors. Begin with `hosts/base.py` and `hosts/llama.py`. `fitting.py` simplifies a form until a
    host holds it; `options.py` has what it advises where none does.
-4. Folders. `writing.py`: config, weights, tokenizer; `making.py`: whole or not at all, and for
-   models that keep their scheme's name; `custom.py`: for models that no class holds; `card.py`:
-   the model card.
+4. Folders. `writing.py`: config, weights, tokenizer; `making.py`: whole or not at all, and with
+   our own code; `custom.py`: what that code must be for servers; `card.py`: the model card.
 5. Proof. `real_text.py`: what models are compared on; `stranger.py`: the process that knows only
    transformers; `visiting.py` sends it to a folder; `comparison.py`: how far its numbers are from
    ours; `verdict.py`: that in words; `certificate.py`: all of it, as `parity.json`.

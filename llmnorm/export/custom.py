@@ -1,11 +1,12 @@
 """The folder of a model that no class of transformers holds: it brings its own code.
 
 What serves such a folder may be vLLM's transformers backend, which rewrites the model that it
-loads. What it asks for, and where it is met: `auto_map` names AutoModel too (here); everything
-between embedding and head is in the base model, so nothing acts on the logits (here); attention
-goes through transformers' table of attention functions in a module that has `config`, `layer_idx`
-and `scaling`, and gets all keyword arguments (`attention.py`); plans for tensor and pipeline
-parallelism, one list of layers, the usual names of projections (`configuration_llmnorm.py`).
+loads. What it asks for, and where it is met: `auto_map` names AutoModel too (`making.py`);
+everything between embedding and head is in the base model, so nothing acts on the logits (here);
+attention goes through transformers' table of attention functions in a module that has `config`,
+`layer_idx` and `scaling`, and gets all keyword arguments (`attention.py`); plans for tensor and
+pipeline parallelism, one list of layers, the usual names of projections
+(`configuration_llmnorm.py`).
 
 It also replaces every module whose computation looks like RMSNorm by its own, which knows `weight`
 and `eps` and nothing else. So every norm is written plainly here: its constants are in its weight.
@@ -16,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.dynamic_module_utils import custom_object_save
 
 from llmnorm.evaluation.loading import Loaded
 from llmnorm.export.canonical import canonical
 from llmnorm.export.folds import fold_pointwise
 from llmnorm.export.form import HEAD, Form, Held, Tensors
+from llmnorm.export.making import write_with_code
 from llmnorm.export.simplify import simplify
-from llmnorm.export.writing import write_companions, write_weights
 from llmnorm.modeling.configuration_llmnorm import LlmNormConfig
 from llmnorm.modeling.modeling_llmnorm import LlmNormForCausalLM
-from llmnorm.modeling.travel import foreign_sources, write_sources
 
 _WITH_NORMS = ("residuals", "final_norm", "streams", "embedding")
 _ASKED = ("norm", "placement", "qk_norm")
@@ -55,17 +54,11 @@ def write_custom(
 ) -> None:
     """Write a serving form with the code that runs it; arguments and errors as `write_folder`."""
     config = _config(form)
-    config.dtype, config.architectures = dtype, [LlmNormForCausalLM.__name__]
     asked = source.model.config
     config.trained_as = {name: getattr(asked, name) for name in _ASKED}  # for people
     with torch.device("meta"):
         model = LlmNormForCausalLM(config)
-    sources = foreign_sources(model)
-    write_weights(folder, _tensors(form, model), dtype, shard_size)
-    for part in (model, model.model):  # AutoModelForCausalLM, AutoModel
-        custom_object_save(part, folder, config=config)  # type: ignore[arg-type]
-    write_companions(folder, config, source)
-    write_sources(sources, folder)
+    write_with_code(folder, model, _tensors(form, model), source, dtype, shard_size)
 
 
 def _tensors(form: Form, model: LlmNormForCausalLM) -> Tensors:

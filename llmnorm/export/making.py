@@ -1,4 +1,4 @@
-"""Write a folder of an llmnorm model that keeps its scheme's name: whole, or not at all."""
+"""Make folders whole or not at all, and write those whose models bring llmnorm's own code."""
 
 import os
 import shutil
