@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def started_config(
-    folder: Path,
-    *,
-    vocab_size: int,
-    eos_token_id: int | None,
-    seq_len: int,
-    key: str = "model.start",
+    folder: Path, *, vocab_size: int, eos_token_id: int | None, seq_len: int
 ) -> LlmNormConfig:
     """Return the config of a model for data of this vocabulary, end-of-text (None: any) and length.
 
