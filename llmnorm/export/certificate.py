@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +110,10 @@ def uncast(folder: Path, claim: Claim) -> Iterator[dict[Path, list[torch.dtype]]
     tensors = fit.host.write(form, torch.float64) if fit else form.to_model().state_dict()
     if fit is None and form.tied:
         del tensors[f"{HEAD}.weight"]
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.twin-", dir=folder.parent) as place:
-        twin = Path(place)
+    twin = folder.with_name(f"{folder.name}.twin")
+    shutil.rmtree(twin, ignore_errors=True)  # of one that was killed
+    twin.mkdir()
+    try:
         for file in folder.iterdir():
             if file.suffix == ".py" or file.name == "config.json":
                 shutil.copy(file, twin)
@@ -120,6 +121,8 @@ def uncast(folder: Path, claim: Claim) -> Iterator[dict[Path, list[torch.dtype]]
         save_file(whole, twin / "model.safetensors", metadata={"format": "pt"})
         del tensors, whole
         yield {twin: [torch.float64]}
+    finally:
+        shutil.rmtree(twin, ignore_errors=True)
 
 
 def compare(claim: Claim, seen: Visit, exact: Visit | None = None) -> dict[str, Any]:

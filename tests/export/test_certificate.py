@@ -285,6 +285,7 @@ def test_certify_writes_what_was_found_beside_the_weights(claim, seen, tmp_path,
     monkeypatch.setattr(certificate, "visit", lambda folders, *_, **__: found[: len(folders)])
     folder = write(tmp_path / "out", claim.fit, torch.float32)
     (folder / "parity.json").write_text("of other weights")
+    (tmp_path / "out.twin" / "left by a killed one").mkdir(parents=True)
     before = claim.source.state_dict()["model.norm.weight"].clone()
     parity = certify(
         folder,
